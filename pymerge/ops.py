@@ -1,0 +1,329 @@
+"""torch.library operators of the merge core, and the choice of a backend: the only module that knows the backends.
+
+Operators: ``torch.ops.pymerge.merge``, ``merge_out``, ``select``, ``vote_balance``, ``lerp``, ``lerp_`` and ``dots``. They take tensors
+of any shape and stride; autograd does not pass through them. The Python functions of the same names below wrap them with typed
+arguments; the methods call those.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .conventions import Convention
+from .spec import MergeSpec
+
+__all__ = ["NonFiniteError", "backend", "dots", "lerp", "lerp_", "merge", "select", "vote_balance"]
+
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WIDENED = tuple(
+    getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz") if hasattr(torch, name)
+)
+
+
+class NonFiniteError(ValueError):
+    """An input has a NaN or an infinity. Pass ``check_finite=False`` to merge such inputs anyway."""
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# Backends
+
+BACKENDS = ("native", "reference")
+_forced: ContextVar[str | None] = ContextVar("pymerge_backend", default=None)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend inside a ``with`` block: ``"native"`` (C++, CPU tensors) or ``"reference"`` (torch, any device).
+
+    The environment variable PYMERGE_BACKEND does the same for a process. A backend that cannot take the inputs is an error.
+    """
+    token = _forced.set(_checked(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} does not exist; choose one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def _backend_for(device: torch.device) -> ModuleType:
+    name = _forced.get() or os.environ.get("PYMERGE_BACKEND")
+    if name is None:
+        name = "native" if device.type == "cpu" else "reference"
+    if _checked(name) == "reference":
+        return reference
+    if device.type != "cpu":
+        raise ValueError(f"backend 'native' takes CPU tensors; these are on {device}")
+    from . import native
+
+    return native
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# Preparing tensors for a backend
+
+
+def _flat(t: Tensor) -> Tensor:
+    """`t` as a backend takes it: detached, contiguous, one-dimensional, fp8 widened."""
+    if t.dtype in WIDENED:
+        t = t.to(torch.float32)
+    elif t.dtype not in COMPUTED:
+        names = ", ".join(str(d).removeprefix("torch.") for d in COMPUTED)
+        raise TypeError(f"cannot merge tensors of dtype {t.dtype}; supported: {names} and the float8 types")
+    return t.detach().contiguous().view(-1)
+
+
+def _check_alike(tensors: Sequence[Tensor]) -> None:
+    first = tensors[0]
+    for t in tensors[1:]:
+        if t.shape != first.shape:
+            raise ValueError(f"shapes differ: {tuple(first.shape)} and {tuple(t.shape)}")
+        if t.device != first.device:
+            raise ValueError(f"devices differ: {first.device} and {t.device}")
+
+
+def _raise_if_not_finite(base: Tensor | None, models: Sequence[Tensor], name: str) -> None:
+    for label, t in [("base", base), *((f"model {i}", x) for i, x in enumerate(models))]:
+        if t is None:
+            continue
+        bad = torch.nonzero(~torch.isfinite(t.float() if t.dtype in WIDENED else t))
+        if len(bad):
+            where = tuple(bad[0].tolist())
+            what = f"{name!r} " if name else ""
+            raise NonFiniteError(
+                f"{label}: {what}has {len(bad)} non-finite value(s), the first {t[where].item()} at index {list(where)}; "
+                "pass check_finite=False to merge them anyway"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# Operators
+
+_SPEC_SCHEMA = (
+    "Tensor? base, Tensor[] models, float[] weights, float[] densities, str sparsify, bool elect, str tie_break, str vote, "
+    "bool vote_weighted, str zero_vote, str divisor, str rescale, str k, float scale, int seed, str name, Tensor? selection"
+)
+
+_library = torch.library.Library("pymerge", "DEF")
+_library.define(f"merge({_SPEC_SCHEMA}, int? balance, ScalarType dtype, bool check_finite) -> Tensor")
+_library.define(f"merge_out({_SPEC_SCHEMA}, int? balance, bool check_finite, Tensor(a!) out) -> ()")
+_library.define(f"vote_balance({_SPEC_SCHEMA}) -> Tensor")
+_library.define("select(Tensor[] bases, Tensor[] models, int[] counts, str tie_break) -> Tensor")
+_library.define("lerp(Tensor a, Tensor b, float alpha, ScalarType dtype) -> Tensor")
+_library.define("lerp_(Tensor(a!) a, Tensor b, float alpha) -> ()")
+_library.define("dots(Tensor a, Tensor b) -> Tensor")
+
+
+def _spec_args(base, models, spec: MergeSpec, name: str, selection) -> tuple:
+    c = spec.convention
+    # The schema's int is signed: a seed of 2**63 and more travels as its two's complement.
+    seed = spec.seed - 2**64 if spec.seed >= 2**63 else spec.seed
+    return (
+        base, list(models), list(spec.weights), list(spec.densities), spec.sparsify, spec.elect, c.tie_break, c.vote, c.vote_weighted,
+        c.zero_vote, c.divisor, c.rescale, c.k, spec.scale, seed, name, selection,
+    )  # fmt: skip
+
+
+def _spec_from_args(
+    weights, densities, sparsify, elect, tie_break, vote, vote_weighted, zero_vote, divisor, rescale, k, scale, seed
+) -> MergeSpec:
+    convention = Convention(
+        tie_break=tie_break, vote=vote, vote_weighted=vote_weighted, zero_vote=zero_vote, divisor=divisor, rescale=rescale, k=k
+    )
+    return MergeSpec(tuple(weights), tuple(densities), sparsify, elect, convention, scale, seed % 2**64)
+
+
+def _merge_impl(*args) -> Tensor:
+    (base, models, *spec_args, name, selection, balance, dtype, check_finite) = args
+    return _merge_into(base, models, _spec_from_args(*spec_args), name, selection, balance, dtype, check_finite, None)
+
+
+def _merge_out_impl(*args) -> None:
+    (base, models, *spec_args, name, selection, balance, check_finite, out) = args
+    _merge_into(base, models, _spec_from_args(*spec_args), name, selection, balance, out.dtype, check_finite, out)
+
+
+def _merge_into(base, models, spec, name, selection, balance, dtype, check_finite, out) -> Tensor:
+    given = [*models, *([] if base is None else [base])]
+    _check_alike([*given, *([] if out is None else [out])])
+    shape, device = models[0].shape, models[0].device
+    flat_base, flat = (None if base is None else _flat(base)), [_flat(x) for x in models]
+    impl = _backend_for(device)
+    if impl is reference:
+        if check_finite:
+            _raise_if_not_finite(base, models, name)
+        result = reference.merge(flat_base, flat, spec, name=name, selection=selection, balance=balance, dtype=dtype).view(shape)
+        return result if out is None else out.copy_(result)
+    direct = out is not None and out.is_contiguous() and dtype in COMPUTED
+    target = out.view(-1) if direct else torch.empty(flat[0].shape, dtype=dtype if dtype in COMPUTED else torch.float32)
+    finite = impl.merge(flat_base, flat, spec, target, name=name, selection=selection, balance=balance)
+    if check_finite and not finite:  # a delta overflowed or an input is not finite: only the latter is an error
+        _raise_if_not_finite(base, models, name)
+    if direct:
+        return out
+    result = target.view(shape)
+    return result.to(dtype) if out is None else out.copy_(result)
+
+
+def _vote_balance_impl(*args) -> Tensor:
+    (base, models, *spec_args, name, selection) = args
+    _check_alike([*models, *([] if base is None else [base])])
+    impl = _backend_for(models[0].device)
+    spec = _spec_from_args(*spec_args)
+    flat_base, flat = (None if base is None else _flat(base)), [_flat(x) for x in models]
+    return torch.tensor(impl.vote_balance(flat_base, flat, spec, name=name, selection=selection), dtype=torch.int64)
+
+
+def _select_impl(bases, models, counts, tie_break) -> Tensor:
+    if not counts or len(models) % len(counts) or (bases and len(bases) * len(counts) != len(models)):
+        raise ValueError(f"{len(models)} tensors and {len(bases)} base tensors do not make {len(counts)} models")
+    per_model = len(models) // len(counts)
+    rows = [models[i * per_model : (i + 1) * per_model] for i in range(len(counts))]
+    for j in range(per_model):
+        _check_alike([row[j] for row in rows] + ([bases[j]] if bases else []))
+    device = models[0].device if models else torch.device("cpu")
+    flat = [[_flat(t) for t in row] for row in rows]
+    return _backend_for(device).select([_flat(t) for t in bases] or None, flat, counts, tie_break)
+
+
+def _lerp_impl(a, b, alpha, dtype) -> Tensor:
+    _check_alike([a, b])
+    impl = _backend_for(a.device)
+    if impl is reference:
+        return reference.lerp(_flat(a), _flat(b), alpha, dtype).view(a.shape)
+    out = torch.empty(a.numel(), dtype=dtype if dtype in COMPUTED else torch.float32)
+    impl.lerp(_flat(a), _flat(b), alpha, out)
+    return out.view(a.shape).to(dtype)
+
+
+def _lerp_inplace_impl(a, b, alpha) -> None:
+    _check_alike([a, b])
+    impl = _backend_for(a.device)
+    if impl is not reference and a.is_contiguous() and a.dtype in COMPUTED:
+        flat = a.detach().view(-1)
+        impl.lerp(flat, _flat(b), alpha, flat)
+    else:
+        a.copy_(_lerp_impl(a, b, alpha, a.dtype))
+
+
+def _dots_impl(a, b) -> Tensor:
+    _check_alike([a, b])
+    return _backend_for(a.device).dots(_flat(a), _flat(b))
+
+
+for _name, _impl in {
+    "merge": _merge_impl,
+    "merge_out": _merge_out_impl,
+    "vote_balance": _vote_balance_impl,
+    "select": _select_impl,
+    "lerp": _lerp_impl,
+    "lerp_": _lerp_inplace_impl,
+    "dots": _dots_impl,
+}.items():
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pymerge::merge")
+def _(base, models, *args):
+    return torch.empty(models[0].shape, dtype=args[-2], device=models[0].device)
+
+
+@torch.library.register_fake("pymerge::merge_out")
+def _(*args):
+    return None
+
+
+@torch.library.register_fake("pymerge::vote_balance")
+def _(*args):
+    return torch.empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("pymerge::select")
+def _(bases, models, counts, tie_break):
+    return torch.empty((len(counts), 2), dtype=torch.int64)
+
+
+@torch.library.register_fake("pymerge::lerp")
+def _(a, b, alpha, dtype):
+    return torch.empty(a.shape, dtype=dtype, device=a.device)
+
+
+@torch.library.register_fake("pymerge::lerp_")
+def _(a, b, alpha):
+    return None
+
+
+@torch.library.register_fake("pymerge::dots")
+def _(a, b):
+    return torch.empty(3, dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# Typed wrappers
+
+
+def merge(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    spec: MergeSpec,
+    *,
+    name: str = "",
+    selection: Tensor | None = None,
+    balance: int | None = None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """The fused merge of one tensor, see :func:`pymerge.reference.merge`; tensors of equal shape.
+
+    With `out` the result is written there (`dtype` must be its dtype); when an error is raised its contents are unspecified.
+
+    Raises:
+        NonFiniteError: an input has NaN or Inf and `check_finite` is set.
+        ValueError: shapes or devices differ.
+        TypeError: a dtype that cannot be merged.
+    """
+    args = _spec_args(base, models, spec, name, selection)
+    if out is None:
+        return torch.ops.pymerge.merge(*args, balance, dtype, check_finite)
+    torch.ops.pymerge.merge_out(*args, balance, check_finite, out)
+    return out
+
+
+def vote_balance(base, models, spec: MergeSpec, *, name: str = "", selection: Tensor | None = None) -> int:
+    """Sum over the elements of the sign of the vote, see :func:`pymerge.reference.vote_balance`."""
+    return int(torch.ops.pymerge.vote_balance(*_spec_args(base, models, spec, name, selection)))
+
+
+def select(
+    bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], counts: Sequence[int], tie_break: str = "first"
+) -> Tensor:
+    """Thresholds of the k largest magnitudes over one or many tensors, see :func:`pymerge.reference.select`."""
+    return torch.ops.pymerge.select(list(bases or ()), [t for row in models for t in row], list(counts), tie_break)
+
+
+def lerp(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    """Linear interpolation from a to b, see :func:`pymerge.reference.lerp`."""
+    return torch.ops.pymerge.lerp(a, b, alpha, dtype)
+
+
+def lerp_(a: Tensor, b: Tensor, alpha: float) -> None:
+    """:func:`lerp` into `a`."""
+    torch.ops.pymerge.lerp_(a, b, alpha)
+
+
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """fp64 ``[3]``: a·a, b·b, a·b, see :func:`pymerge.reference.dots`."""
+    return torch.ops.pymerge.dots(a, b)
