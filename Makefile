@@ -1,0 +1,89 @@
+# Needs Python 3.10 or later (with venv), a C++17 compiler and make; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PINS := requirements-dev.txt
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS)
+
+RUN_DEPS := torch numpy PyYAML click rich safetensors
+BUILD_DEPS := setuptools pybind11
+DEMO_DEPS := scikit-learn matplotlib
+BENCH_DEPS := pytest pytest-benchmark
+CORE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+# Two workers with one thread each: the tests are many and small, and torch's own threads would only fight over the cores.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
+
+.PHONY: help demo test test-all lint bench sanitize clean distclean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+demo: $(VENV)/.demo $(VENV)/.core  ## train four small networks, merge them five ways, print and draw the result
+	$(PY) examples/digits_demo.py demo-output
+
+test: $(VENV)/.dev $(VENV)/.core  ## all tests but the slow ones
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.dev $(VENV)/.core  ## all tests
+	$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.lint  ## ruff
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.bench $(VENV)/.core  ## speeds against naive torch and a copy of the same bytes; writes benchmarks/results/
+	$(PY) -m pytest benchmarks/test_merge_speed.py $(ARGS)
+
+# The runtime libraries of the sanitizers must come before Python's own allocations, hence LD_PRELOAD. Python itself leaks by design.
+SANITIZED := build/sanitize
+SANITIZER_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+sanitize: $(VENV)/.dev $(SANITIZED)/.built  ## the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	LD_PRELOAD="$(strip $(SANITIZER_LIBRARIES))" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYMERGE_NATIVE_DIR=$(CURDIR)/$(SANITIZED)/pymerge PYTHONPATH=$(CURDIR) $(PYTEST) tests/core -m "not slow" $(ARGS)
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist demo-output *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks pymerge/_native*.so $(VENV)/.core
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf $(VENV)
+
+# ---- what the targets need; each stamp is as new as the files it was made from -----------------------------------------------------
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pymerge needs Python 3.10 or later, but $(PYTHON) is " \
+		+ sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.created $(PINS)
+	$(PIP) $(RUN_DEPS) $(BUILD_DEPS)
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.run pyproject.toml setup.py $(CORE_SOURCES)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.run $(PINS)
+	$(PIP) $(DEMO_DEPS)
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.run $(PINS)
+	$(PIP) $(BENCH_DEPS)
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.created $(PINS)
+	$(PIP) ruff
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run $(PINS)
+	$(PIP) -r $(PINS)
+	@touch $@
+
+$(SANITIZED)/.built: $(VENV)/.run setup.py $(CORE_SOURCES)
+	PYMERGE_SANITIZE=1 $(PY) setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	@touch $@
