@@ -9,7 +9,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS)
 RUN_DEPS := torch numpy PyYAML click rich safetensors
 BUILD_DEPS := setuptools pybind11
 DEMO_DEPS := scikit-learn matplotlib
-BENCH_DEPS := pytest pytest-benchmark
+BENCH_DEPS := pytest pytest-timeout pytest-benchmark
 CORE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 # Two workers with one thread each: the tests are many and small, and torch's own threads would only fight over the cores.
@@ -36,7 +36,8 @@ lint: $(VENV)/.lint  ## ruff
 	$(VENV)/bin/ruff format --check .
 
 bench: $(VENV)/.bench $(VENV)/.core  ## speeds against naive torch and a copy of the same bytes; writes benchmarks/results/
-	$(PY) -m pytest benchmarks/test_merge_speed.py $(ARGS)
+	$(PY) -m pytest benchmarks/test_merge_speed.py --benchmark-quiet \
+		--benchmark-json=benchmarks/results/$$($(PY) benchmarks/machine.py).json $(ARGS)
 
 # The runtime libraries of the sanitizers must come before Python's own allocations, hence LD_PRELOAD. Python itself leaks by design.
 SANITIZED := build/sanitize

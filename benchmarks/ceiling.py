@@ -1,0 +1,65 @@
+"""How long the machine needs to move a number of bytes: the least time a merge that is bound by memory can take."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def elapsed_ms(run: Callable[[], object]) -> float:
+    started = time.perf_counter_ns()
+    run()
+    return (time.perf_counter_ns() - started) / 1e6
+
+
+class Ceiling:
+    """Three ways to move `total_bytes` (reads and writes together) with all threads; the fastest is the ceiling.
+
+    * ``copy_``: torch's own copy of half as many bytes.
+    * ``memmove``: the C library's, a slice per thread; it streams past the caches when the copy is large.
+    * ``xor``: two streams into a third, each of a third of the bytes, for machines that read faster than they write.
+    """
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self._bytes = torch.ones(max(48, total_bytes // 48 * 48), dtype=torch.uint8)
+        self._pool = ThreadPoolExecutor(torch.get_num_threads())
+        self._ways = {"copy_": self._copy, "memmove": self._memmove, "xor": self._xor}
+        self._times: dict[str, list[float]] = {name: [] for name in self._ways}
+
+    def _copy(self) -> None:
+        source, target = self._bytes.view(torch.int64).chunk(2)
+        target.copy_(source)
+
+    def _memmove(self) -> None:
+        source, target = self._bytes.chunk(2)
+        threads = torch.get_num_threads()
+        edges = [i * source.numel() // threads for i in range(threads + 1)]
+
+        def move(i: int) -> None:
+            ctypes.memmove(target.data_ptr() + edges[i], source.data_ptr() + edges[i], edges[i + 1] - edges[i])
+
+        list(self._pool.map(move, range(threads)))
+
+    def _xor(self) -> None:
+        a, b, target = self._bytes.view(torch.int64).chunk(3)
+        torch.bitwise_xor(a, b, out=target)
+
+    def round(self) -> None:
+        """Time each way once, after a run that is not timed: what fits into a cache is there, as it is when a merge is timed."""
+        for name, run in self._ways.items():
+            run()
+            self._times[name].append(elapsed_ms(run))
+
+    def milliseconds(self) -> tuple[str, float]:
+        """The fastest way and its median time."""
+        medians = {name: torch.tensor(times).median().item() for name, times in self._times.items()}
+        best = min(medians, key=medians.__getitem__)
+        return best, medians[best]
+
+    def close(self) -> None:
+        self._pool.shutdown()
