@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import reference
 from .conventions import Convention
+from .finite import NonFiniteError, raise_if_not_finite
 from .spec import MergeSpec
 
 __all__ = ["NonFiniteError", "backend", "dots", "lerp", "lerp_", "merge", "select", "vote_balance"]
@@ -26,10 +27,6 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDENED = tuple(
     getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz") if hasattr(torch, name)
 )
-
-
-class NonFiniteError(ValueError):
-    """An input has a NaN or an infinity. Pass ``check_finite=False`` to merge such inputs anyway."""
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
@@ -95,17 +92,7 @@ def _check_alike(tensors: Sequence[Tensor]) -> None:
 
 
 def _raise_if_not_finite(base: Tensor | None, models: Sequence[Tensor], name: str) -> None:
-    for label, t in [("base", base), *((f"model {i}", x) for i, x in enumerate(models))]:
-        if t is None:
-            continue
-        bad = torch.nonzero(~torch.isfinite(t.float() if t.dtype in WIDENED else t))
-        if len(bad):
-            where = tuple(bad[0].tolist())
-            what = f"{name!r} " if name else ""
-            raise NonFiniteError(
-                f"{label}: {what}has {len(bad)} non-finite value(s), the first {t[where].item()} at index {list(where)}; "
-                "pass check_finite=False to merge them anyway"
-            )
+    raise_if_not_finite([("base", base), *((f"model {i}", x) for i, x in enumerate(models))], name)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------

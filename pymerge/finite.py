@@ -1,0 +1,43 @@
+"""NaN and infinity in an input: found in one read, reported with the place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["NonFiniteError", "raise_if_not_finite"]
+
+
+class NonFiniteError(ValueError):
+    """An input has a NaN or an infinity. Pass ``check_finite=False`` to merge such inputs anyway."""
+
+
+def _all_finite(t: Tensor) -> bool:
+    if t.numel() == 0:
+        return True
+    # One read and no temporary: a NaN anywhere makes both ends NaN.
+    return bool(torch.isfinite(torch.stack(torch.aminmax(t))).all())
+
+
+def raise_if_not_finite(inputs: Iterable[tuple[str, Tensor | None]], name: str = "") -> None:
+    """Raise for the first of the (label, tensor) pairs that has a NaN or an infinity; `name` is the tensor's name in its model.
+
+    Raises:
+        NonFiniteError: "model 1: 'w' has 2 non-finite value(s), the first nan at index [0, 3]; ...".
+    """
+    for label, t in inputs:
+        if t is None:
+            continue
+        t = t.detach()
+        wide = t.float() if t.dtype.itemsize == 1 else t  # fp8 knows no comparisons
+        if _all_finite(wide):
+            continue
+        bad = torch.nonzero(~torch.isfinite(wide))
+        where = tuple(bad[0].tolist())
+        what = f"{name!r} " if name else ""
+        raise NonFiniteError(
+            f"{label}: {what}has {len(bad)} non-finite value(s), the first {wide[where].item()} at index {list(where)}; "
+            "pass check_finite=False to merge them anyway"
+        )

@@ -1,0 +1,68 @@
+"""WiSE-FT: the straight line between a zero-shot and a fine-tuned model (Wortsman et al. 2022, arXiv:2109.01903)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..finite import raise_if_not_finite
+from ..tree import Paired
+from .registry import Parameter, register_method
+
+__all__ = ["wise_ft"]
+
+
+def wise_ft(
+    base: Any,
+    finetuned: Any,
+    *,
+    alpha: float = 0.5,
+    dtype: torch.dtype | None = None,
+    out: Any = None,
+    check_finite: bool = True,
+) -> Any:
+    """``(1 - alpha) * base + alpha * finetuned``: exactly the base at 0, exactly the fine-tuned model at 1, unchanged where both agree.
+
+    Args:
+        base, finetuned: two tensors, two mappings name -> tensor or two nn.Modules.
+        alpha: the fine-tuned model's share; values outside [0, 1] extrapolate.
+        dtype, out, check_finite: as in :func:`pymerge.ties`.
+
+    Returns and raises: as :func:`pymerge.ties`.
+    """
+    alpha = _finite(alpha)
+    pairs = Paired(base, [finetuned], labels=("base", "finetuned"), needs_base="wise_ft")
+
+    def merge_one(name: str, b: Tensor, xs: list[Tensor], dtype: torch.dtype, to: Tensor | None) -> Tensor:
+        return _interpolate(b, xs[0], alpha, "finetuned", name, dtype, to, check_finite)
+
+    return pairs.result(merge_one, dtype=dtype, out=out)
+
+
+def _finite(alpha: float) -> float:
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}; it must be finite")
+    return float(alpha)
+
+
+def _interpolate(base, finetuned, alpha, label, name, dtype, out, check_finite) -> Tensor:
+    if check_finite:
+        raise_if_not_finite([("base", base), (label, finetuned)], name)
+    result = ops.lerp(base, finetuned, alpha, dtype)
+    return result if out is None else out.copy_(result)
+
+
+@register_method(
+    "wise_ft",
+    base="required",
+    max_models=1,
+    summary="interpolate between the base and one fine-tuned model",
+    source="Wortsman et al. 2022, arXiv:2109.01903, eq. 1",
+    parameters=(Parameter("alpha", recipe="alpha", kind=float, default=0.5, doc="the fine-tuned model's share"),),
+)
+def _tensor(base: Tensor, models: list[Tensor], *, alpha, name, dtype, out, check_finite) -> Tensor:
+    return _interpolate(base, models[0], _finite(alpha), "model 0", name, dtype, out, check_finite)

@@ -1,0 +1,331 @@
+"""Pairs up the tensors of several models: every error about names, shapes, devices and dtypes is raised here, before any arithmetic.
+
+A model is a tensor, a mapping name -> tensor (a lazy one will do: only ``keys()`` and ``[name]`` are used, and tensors are asked for
+one name at a time, once to check and once to merge), or an ``nn.Module``, which counts as its state dict. All models of one merge are of
+one kind.
+"""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops import COMPUTED, WIDENED
+from .tree_errors import keys_that_differ, raise_all
+
+__all__ = ["Facts", "Paired", "Source", "check_alike", "common_dtype", "per_model", "span"]
+
+MergeOne = Callable[[str, "Tensor | None", "list[Tensor]", torch.dtype, "Tensor | None"], Tensor]
+
+
+def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype of a result when none is asked for: torch's promotion; fp8 stays where all agree and counts as float32 otherwise."""
+    if all(d == dtypes[0] for d in dtypes):
+        return dtypes[0]
+    return reduce(torch.promote_types, [torch.float32 if d in WIDENED else d for d in dtypes])
+
+
+def per_model(values: Any, count: int, what: str, default: float = 1.0) -> tuple[float, ...]:
+    """`values` as one float per model: None is `default` for all, a number holds for all, else there must be `count` of them.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: not one per model.
+    """
+    if values is None:
+        return (default,) * count
+    try:
+        if isinstance(values, Tensor):
+            values = values.tolist()
+        if isinstance(values, (str, bytes, Mapping)):
+            raise TypeError
+        if not hasattr(values, "__iter__"):
+            return (float(values),) * count
+        given = tuple(float(v) for v in values)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} is {values!r}; pass a number or a sequence with one number per model") from None
+    if len(given) != count:
+        raise ValueError(f"{what} has {len(given)} numbers for {count} models")
+    return given
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# One model
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is checked of a tensor; holding it does not hold the tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    trouble: str = ""
+
+    @classmethod
+    def of(cls, t: Any) -> Facts:
+        if not isinstance(t, Tensor):
+            return cls((), torch.float32, torch.device("cpu"), f"is a {type(t).__name__}, not a tensor")
+        trouble = ""
+        if t.is_meta:
+            trouble = "is a meta tensor: it has no values; load the weights first"
+        elif t.is_quantized:
+            trouble = "is quantised; dequantise it first"
+        elif t.layout != torch.strided:
+            trouble = f"is sparse ({str(t.layout).removeprefix('torch.')}); call .to_dense() first"
+        elif t.dtype.is_floating_point and t.dtype not in COMPUTED + WIDENED:
+            trouble = f"is {_word(t.dtype)}; floating dtypes that can be merged are {', '.join(map(_word, COMPUTED + WIDENED))}"
+        return cls(tuple(t.shape), t.dtype, t.device, trouble)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Source:
+    """A model as named tensors; a bare tensor has the one name ``""``."""
+
+    def __init__(self, model: Any, label: str) -> None:
+        self.label = label
+        if isinstance(model, Tensor):
+            self.kind, self._tensors = "tensor", {"": model}
+        elif isinstance(model, nn.Module):
+            self.kind, self._tensors = "module", model.state_dict()
+        elif isinstance(model, Mapping) or (hasattr(model, "keys") and hasattr(model, "__getitem__")):
+            self.kind, self._tensors = "mapping", model
+        else:
+            raise TypeError(f"{label} is a {type(model).__name__}; a model is a tensor, a mapping name -> tensor or an nn.Module")
+        self.names = tuple(self._tensors.keys())
+        for name in self.names:
+            if not isinstance(name, str):
+                raise TypeError(f"{label} has the key {name!r}; names of tensors are strings")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+    def survey(self) -> tuple[dict[str, Facts], dict[str, str]]:
+        """Per name: what is to be checked, and the first name of the same tensor. Asks for every tensor once, one at a time."""
+        facts, first, ties = {}, {}, _Ties()
+        for name in self.names:
+            t = self._tensors[name]
+            facts[name] = Facts.of(t)
+            first[name] = name if self.kind == "tensor" or facts[name].trouble else ties.first_name(t, name)
+        return facts, first
+
+
+def span(t: Tensor) -> tuple[int, int]:
+    """The range of addresses that a strided tensor's elements lie in; empty for no elements."""
+    if t.numel() == 0:
+        return (0, 0)
+    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
+
+
+class _Ties:
+    """Finds the names of one model that share one tensor.
+
+    Addresses are reused as soon as a lazy mapping's tensor is freed, so an address counts only while the tensor seen there is alive.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple, tuple[weakref.ref, str]] = {}
+
+    def first_name(self, t: Tensor, name: str) -> str:
+        if t.numel() == 0:
+            return name
+        place = (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)
+        alive, first = self._seen.get(place, (None, name))
+        if alive is not None and alive() is not None:
+            return first
+        self._seen[place] = (weakref.ref(t), name)
+        return name
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# Several models
+
+
+def _about(label: str, name: str) -> str:
+    return f"{label}: {name!r}" if name else label
+
+
+def check_alike(labels: Sequence[str], facts: Sequence[Mapping[str, Facts]]) -> None:
+    """Raise unless all models have the first one's names, and per name its shape, its device and its kind of dtype.
+
+    Raises:
+        ValueError: names, shapes or devices differ.
+        TypeError: a value is no dense tensor with values; a tensor is floating in one model and not in another.
+    """
+    reference, first = labels[0], facts[0]
+    differing = [keys_that_differ(label, have, reference, first) for label, have in zip(labels[1:], facts[1:])]
+    raise_all(ValueError, "{count} models do not have the same tensors", [d for d in differing if d])
+
+    rows = [(label, name, have[name], want) for name, want in first.items() for label, have in zip(labels, facts)]
+    broken = [f"{_about(label, name)} {have.trouble}" for label, name, have, _ in rows if have.trouble]
+    raise_all(TypeError, "{count} tensors cannot be merged", broken)
+    shapes = [f"{_about(a, n)} is {h.shape}, {reference} is {w.shape}" for a, n, h, w in rows if h.shape != w.shape]
+    raise_all(ValueError, "{count} tensors differ in shape", shapes)
+    devices = [f"{_about(a, n)} is on {h.device}, {reference} on {w.device}" for a, n, h, w in rows if h.device != w.device]
+    raise_all(ValueError, "{count} tensors are on different devices", devices)
+    kinds = [
+        f"{_about(a, n)} is {_word(h.dtype)}, {reference} is {_word(w.dtype)}"
+        for a, n, h, w in rows
+        if h.dtype != w.dtype and not (h.dtype.is_floating_point and w.dtype.is_floating_point)
+    ]
+    raise_all(TypeError, "{count} tensors differ in their kind of dtype", kinds)
+
+
+class Paired:
+    """Several models whose tensors fit together.
+
+    Args:
+        base: a model, or None where a method has no base; then the first model takes its part in the checks.
+        models: a sequence of at least one model, of the base's kind.
+        labels: what to call base and models in errors; by default "base", "model 0", "model 1", ...
+        nonfloat: ``"equal"``: tensors that are not floating must be equal in all models, and are copied; ``"any"``: they may differ.
+        needs_base: the method's name, where None as a base is an error.
+
+    Attributes:
+        count: how many models there are besides the base.
+        kind: ``"tensor"``, ``"mapping"`` or ``"module"``.
+        names: all names, in the first model's order.
+        first_name: per name, the first name of the same tensor: another one where it is tied in every model.
+        merged: the floating tensors, tied ones once.
+        facts: per model, the base first: per name, shape, dtype and device.
+        dtypes: per floating name, the common dtype.
+        doubles: names whose merge computes in fp64 because a model has fp64 there.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        models: Sequence[Any],
+        *,
+        labels: Sequence[str] | None = None,
+        nonfloat: str = "equal",
+        needs_base: str | None = None,
+    ) -> None:
+        if base is None and needs_base is not None:
+            raise TypeError(f"base is None; {needs_base} merges what models changed in a base, so it needs one")
+        if isinstance(models, (Tensor, nn.Module, Mapping)) or hasattr(models, "keys"):
+            raise TypeError(f"models is one {type(models).__name__}; pass a list of models")
+        models = list(models)
+        if not models:
+            raise ValueError("no models given; pass a list of at least one")
+        given = models if base is None else [base, *models]
+        if labels is None:
+            labels = [*([] if base is None else ["base"]), *(f"model {i}" for i in range(len(models)))]
+        sources = [Source(model, label) for model, label in zip(given, labels)]
+        odd = [f"{s.label} is a {s.kind}, {sources[0].label} is a {sources[0].kind}" for s in sources if s.kind != sources[0].kind]
+        raise_all(TypeError, "{count} models are not of one kind (all tensors, all mappings or all modules)", odd)
+
+        self._base = None if base is None else sources[0]
+        self._models = sources if base is None else sources[1:]
+        self.sources = sources
+        self.count = len(models)
+        self.kind = sources[0].kind
+        self.names = sources[0].names
+        facts, firsts = zip(*(s.survey() for s in sources))
+        check_alike(labels, facts)
+        self.facts = facts
+        # Tied in some models only is not tied: names belong together when every model's own first names agree.
+        groups: dict[tuple[str, ...], str] = {}
+        self.first_name = {n: groups.setdefault(tuple(first[n] for first in firsts), n) for n in self.names}
+        floating = [n for n in self.names if facts[0][n].dtype.is_floating_point]
+        self.merged = tuple(n for n in floating if self.first_name[n] == n)
+        self.dtypes = {n: common_dtype([f[n].dtype for f in facts]) for n in floating}
+        self.doubles = {n for n in floating if any(f[n].dtype == torch.float64 for f in facts)}
+        if nonfloat == "equal":
+            self._require_equal([n for n in self.names if n not in self.dtypes])
+
+    def _require_equal(self, names: Sequence[str]) -> None:
+        reference = self.sources[0]
+        unequal = []
+        for name in names:
+            want = reference[name]
+            unequal += [
+                f"{_about(s.label, name)} ({_word(want.dtype)}) differs from {reference.label}'s; only equal integers can be kept"
+                for s in self.sources[1:]
+                if not torch.equal(s[name], want)
+            ]
+        raise_all(ValueError, "{count} tensors that are not floating differ", unequal)
+
+    def tensors(self, name: str) -> tuple[Tensor | None, list[Tensor]]:
+        """The base's tensor, if there is a base, and the models'."""
+        return (None if self._base is None else self._base[name]), [m[name] for m in self._models]
+
+    def result(self, merge_one: MergeOne, *, dtype: torch.dtype | None = None, out: Any = None) -> Any:
+        """The merged model: a tensor, or a dict in the order of `names`; tied names hold one tensor object.
+
+        `merge_one(name, base, models, dtype, out)` merges one floating tensor. Others are copied. With `out`, results are written there
+        and `out` is returned.
+
+        Raises:
+            TypeError: `dtype` is no supported floating dtype, or `out` is of another kind.
+            ValueError: `out` has other names, shapes or devices, a dtype that is not `dtype`, or shares memory with an input.
+        """
+        if dtype is not None and dtype not in COMPUTED + WIDENED:
+            raise TypeError(f"dtype is {dtype}; choose one of {', '.join(map(_word, COMPUTED + WIDENED))}")
+        target = None if out is None else self.writable(out, "out", dtype)
+        result: dict[str, Tensor] = {}
+        for name in self.names:
+            first = self.first_name[name]
+            to = None if target is None else target[name]
+            if first != name:
+                if to is not None and to.data_ptr() != result[first].data_ptr():
+                    to.copy_(result[first])
+                result[name] = result[first]
+                continue
+            base, models = self.tensors(name)
+            if name in self.dtypes:
+                wanted = (dtype or self.dtypes[name]) if to is None else to.dtype
+                result[name] = merge_one(name, base, models, wanted, to)
+            else:
+                value = models[0] if base is None else base
+                result[name] = value.clone() if to is None else to.copy_(value)
+        if out is not None:
+            return out
+        return result[""] if self.kind == "tensor" else result
+
+    def writable(self, out: Any, label: str, dtype: torch.dtype | None = None) -> Source:
+        """`out` as a place for the results, checked."""
+        target = Source(out, label)
+        same = target.kind == self.kind or {target.kind, self.kind} == {"mapping", "module"}
+        if not same:
+            raise TypeError(f"{label} is a {target.kind}, the models are {self.kind}s")
+        facts, _ = target.survey()
+        check_alike([self.sources[0].label, label], [self.facts[0], facts])
+        if dtype is not None:
+            wrong = [n for n in self.dtypes if facts[n].dtype != dtype]
+            problems = [f"{_about(label, n)} is {_word(facts[n].dtype)}, but dtype={_word(dtype)} was asked for" for n in wrong]
+            raise_all(ValueError, "{count} tensors have another dtype than the one asked for", problems)
+        self.check_apart(target)
+        return target
+
+    def check_apart(self, target: Source, inputs: Sequence[Source] | None = None) -> None:
+        """Raise ValueError where `target`'s tensors share memory with each other (but for tied names) or with an input's."""
+        kept = {name: target[name] for name in self.names}
+        spans = sorted((*span(t), name) for name, t in kept.items() if t.numel())
+        shared = []
+        for name, t in kept.items():
+            if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride())):
+                shared.append(f"{_about(target.label, name)} is an expanded tensor: its elements share memory")
+        for (_, end, one), (start, _, other) in zip(spans, spans[1:]):
+            if start < end and not (self.first_name[one] == self.first_name[other] and span(kept[one]) == span(kept[other])):
+                shared.append(f"{_about(target.label, one)} and {other!r} share memory and are not tied in every model")
+        for name in self.names:
+            for source in self.sources if inputs is None else inputs:
+                low, high = span(source[name])
+                # The results lie apart, so if any reaches into the input, the last one that starts before the input's end does.
+                at = bisect.bisect_left(spans, (high, 0, "")) - 1
+                if at >= 0 and low < spans[at][1]:
+                    of = f"{source.label}'s {name!r}" if name else source.label
+                    shared.append(f"{_about(target.label, spans[at][2])} shares memory with {of}")
+        raise_all(ValueError, "{count} tensors share memory", shared)
