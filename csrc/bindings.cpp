@@ -1,0 +1,128 @@
+// pybind11 bindings: addresses, sizes and codes in, numbers out. Every check of the arguments is in Python (pymerge/native.py, ops.py).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "dispatch.h"
+#include "merge.h"
+#include "select.h"
+
+namespace py = pybind11;
+
+namespace pymerge {
+namespace {
+
+using TensorArg = std::tuple<uintptr_t, int>;  // address (0: all zeros), dtype code
+
+Input ToInput(const TensorArg& t) { return {reinterpret_cast<const void*>(std::get<0>(t)), static_cast<DType>(std::get<1>(t))}; }
+Output ToOutput(const TensorArg& t) { return {reinterpret_cast<void*>(std::get<0>(t)), static_cast<DType>(std::get<1>(t))}; }
+
+Deltas ToDeltas(int64_t n, bool f64, const TensorArg& base, const std::vector<TensorArg>& models) {
+  if (models.empty() || models.size() > kMaxModels) throw std::invalid_argument("1 to 64 models");
+  Deltas in;
+  in.n = n;
+  in.models = static_cast<int>(models.size());
+  in.f64 = f64;
+  in.base = ToInput(base);
+  std::transform(models.begin(), models.end(), in.model, ToInput);
+  return in;
+}
+
+template <class T>
+void Fill(const py::dict& options, const char* key, size_t count, T* into) {
+  const auto values = options[key].cast<std::vector<T>>();
+  if (values.size() != count) throw std::invalid_argument(std::string(key) + ": one value per model");
+  std::copy(values.begin(), values.end(), into);
+}
+
+// `options`: see pymerge.native._options.
+MergePlan ToPlan(int64_t n, bool f64, const TensorArg& base, const std::vector<TensorArg>& models, const py::dict& options) {
+  MergePlan plan;
+  MergeJob& job = plan.job;
+  job.in = ToDeltas(n, f64, base, models);
+  job.sparsify = static_cast<Sparsify>(options["sparsify"].cast<int>());
+  job.vote = static_cast<Vote>(options["vote"].cast<int>());
+  job.vote_weighted = options["vote_weighted"].cast<bool>();
+  job.zero_vote = static_cast<ZeroVote>(options["zero_vote"].cast<int>());
+  job.divisor = static_cast<Divisor>(options["divisor"].cast<int>());
+  job.scale = options["scale"].cast<double>();
+  job.seed = options["seed"].cast<uint64_t>();
+  job.tensor_id = options["tensor_id"].cast<uint32_t>();
+  plan.rescale = static_cast<Rescale>(options["rescale"].cast<int>());
+  plan.tie_all = options["tie_all"].cast<bool>();
+  plan.majority = options["majority"].cast<bool>();
+  Fill(options, "weights", models.size(), job.weight);
+  Fill(options, "densities", models.size(), plan.density);
+  Fill(options, "counts", models.size(), plan.counts);
+  Fill(options, "keep_below", models.size(), job.keep_below);
+  const auto selection = options["selection"].cast<std::vector<std::tuple<int64_t, int64_t>>>();
+  plan.selected = !selection.empty();
+  if (plan.selected && selection.size() != models.size()) throw std::invalid_argument("selection: one row per model");
+  for (size_t m = 0; m < selection.size(); ++m) job.selection[m] = {std::get<0>(selection[m]), std::get<1>(selection[m])};
+  return plan;
+}
+
+bool PyMerge(int64_t n, bool f64, const TensorArg& base, const std::vector<TensorArg>& models, const TensorArg& out,
+             const py::dict& options, int threads) {
+  MergePlan plan = ToPlan(n, f64, base, models, options);
+  plan.job.out = ToOutput(out);
+  py::gil_scoped_release release;
+  return MergeTensor(&plan, threads);
+}
+
+int64_t PyVoteBalance(int64_t n, bool f64, const TensorArg& base, const std::vector<TensorArg>& models, const py::dict& options,
+                      int threads) {
+  MergePlan plan = ToPlan(n, f64, base, models, options);
+  py::gil_scoped_release release;
+  return VoteBalance(&plan, threads);
+}
+
+// tensors: (n, base, models) each.
+std::vector<std::tuple<int64_t, int64_t>> PySelect(const std::vector<std::tuple<int64_t, TensorArg, std::vector<TensorArg>>>& tensors,
+                                                   bool f64, const std::vector<int64_t>& counts, bool tie_all, int threads) {
+  std::vector<Deltas> in;
+  for (const auto& [n, base, models] : tensors) {
+    in.push_back(ToDeltas(n, f64, base, models));
+    if (models.size() != counts.size()) throw std::invalid_argument("one count per model");
+  }
+  std::vector<std::tuple<int64_t, int64_t>> rows;
+  py::gil_scoped_release release;
+  for (const Selection& s : Select(in, counts, tie_all, threads)) rows.emplace_back(s.key, s.cut);
+  return rows;
+}
+
+void PyLerp(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, bool near_a, double weight, const TensorArg& out, int threads) {
+  LerpJob job;
+  job.n = n;
+  job.f64 = f64;
+  job.a = ToInput(a);
+  job.b = ToInput(b);
+  job.out = ToOutput(out);
+  job.near_a = near_a;
+  job.weight = weight;
+  LerpTensor(job, threads);
+}
+
+std::tuple<double, double, double> PyDots(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, int threads) {
+  double sums[3];
+  DotProducts(n, ToInput(a), ToInput(b), f64, threads, sums);
+  return {sums[0], sums[1], sums[2]};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The C++ merge core; use pymerge.ops.";
+  m.def("merge", &PyMerge);
+  m.def("vote_balance", &PyVoteBalance);
+  m.def("select", &PySelect);
+  m.def("lerp", &PyLerp, py::call_guard<py::gil_scoped_release>());
+  m.def("dots", &PyDots, py::call_guard<py::gil_scoped_release>());
+  m.def("available_isas", &AvailableTargets);
+  m.def("current_isa", [] { return std::string(CurrentKernels().name); });
+  m.def("use_isa", &SelectTarget);
+}
+
+}  // namespace pymerge

@@ -1,0 +1,102 @@
+// Between storage dtypes and the compute dtype, element by element.
+#pragma once
+
+#include "types.h"
+
+namespace pymerge {
+namespace PYMERGE_TARGET {
+
+template <class T>
+inline const T* At(const Input& in, int64_t index) {
+  return in.data ? static_cast<const T*>(in.data) + index : nullptr;
+}
+
+// The lanes that compute in R: the target's vectors for float, one lane for double.
+template <class R>
+struct LanesFor;
+template <>
+struct LanesFor<float> {
+  using Type = Lanes;
+};
+template <>
+struct LanesFor<double> {
+  using Type = ScalarLanes<double>;
+};
+
+template <class R, class T>
+inline void WidenFrom(const T* src, int64_t n, R* dst) {
+  using L = typename LanesFor<R>::Type;
+  using S = ScalarLanes<R>;
+  int64_t i = 0;
+  for (; i + L::kLanes <= n; i += L::kLanes) L::Store(dst + i, L::Load(src + i));
+  for (; i < n; ++i) S::Store(dst + i, S::Load(src + i));
+}
+
+template <class R, class T>
+inline void NarrowTo(const R* src, int64_t n, T* dst) {
+  using L = typename LanesFor<R>::Type;
+  using S = ScalarLanes<R>;
+  int64_t i = 0;
+  for (; i + L::kLanes <= n; i += L::kLanes) L::Store(dst + i, L::Load(src + i));
+  for (; i < n; ++i) S::Store(dst + i, S::Load(src + i));
+}
+
+// dst[0..n) = in[begin..begin+n) in the compute dtype; zeros where there is no tensor.
+inline void Widen(const Input& in, int64_t begin, int64_t n, float* dst) {
+  if (!in.data) {
+    memset(dst, 0, static_cast<size_t>(n) * sizeof(float));
+  } else if (in.dtype == DType::kF32) {
+    memcpy(dst, At<float>(in, begin), static_cast<size_t>(n) * sizeof(float));
+  } else if (in.dtype == DType::kBF16) {
+    WidenFrom(At<Bf16>(in, begin), n, dst);
+  } else {
+    WidenFrom(At<F16>(in, begin), n, dst);
+  }
+}
+
+inline void Widen(const Input& in, int64_t begin, int64_t n, double* dst) {
+  if (!in.data) {
+    memset(dst, 0, static_cast<size_t>(n) * sizeof(double));
+  } else if (in.dtype == DType::kF32) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = At<float>(in, begin)[i];
+  } else if (in.dtype == DType::kBF16) {
+    WidenFrom(At<Bf16>(in, begin), n, dst);
+  } else if (in.dtype == DType::kF16) {
+    WidenFrom(At<F16>(in, begin), n, dst);
+  } else {
+    memcpy(dst, At<double>(in, begin), static_cast<size_t>(n) * sizeof(double));
+  }
+}
+
+template <class R>
+inline void Narrow(const R* src, int64_t begin, int64_t n, const Output& out) {
+  switch (out.dtype) {
+    case DType::kF32: return NarrowTo(src, n, static_cast<float*>(out.data) + begin);
+    case DType::kBF16: return NarrowTo(src, n, static_cast<Bf16*>(out.data) + begin);
+    case DType::kF16: return NarrowTo(src, n, static_cast<F16*>(out.data) + begin);
+    case DType::kF64: break;
+  }
+  for (int64_t i = 0; i < n; ++i) Convert(src[i], static_cast<double*>(out.data) + begin + i);
+}
+
+// Storing past the cache needs whole aligned vectors of the storage type.
+template <class L, class T>
+inline bool Streamable(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (L::kLanes * sizeof(T)) == 0;
+}
+
+template <class T>
+struct Storage {
+  using Type = T;
+};
+
+// Calls f with the storage type that all tensors of an fp32 computation share, or with float when they differ.
+template <class F>
+inline auto WithStorage(DType shared, bool uniform, F&& f) {
+  if (uniform && shared == DType::kBF16) return f(Storage<Bf16>());
+  if (uniform && shared == DType::kF16) return f(Storage<F16>());
+  return f(Storage<float>());
+}
+
+}  // namespace PYMERGE_TARGET
+}  // namespace pymerge

@@ -1,0 +1,15 @@
+// The kernels of the target that includes this file.
+#pragma once
+
+#include "kernels/lerp-inl.h"
+#include "kernels/merge-inl.h"
+#include "kernels/reduce-inl.h"
+#include "kernels/select-inl.h"
+
+namespace pymerge {
+namespace PYMERGE_TARGET {
+
+inline constexpr Kernels MakeTable(const char* name) { return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp}; }
+
+}  // namespace PYMERGE_TARGET
+}  // namespace pymerge

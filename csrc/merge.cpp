@@ -1,0 +1,110 @@
+#include "merge.h"
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "dispatch.h"
+#include "select.h"
+#include "thread_pool.h"
+
+namespace pymerge {
+namespace {
+
+int64_t BytesOf(DType dtype) {
+  switch (dtype) {
+    case DType::kF32: return 4;
+    case DType::kF64: return 8;
+    default: return 2;
+  }
+}
+
+int64_t BytesMoved(const Deltas& in) {
+  int64_t bytes = in.base.data ? BytesOf(in.base.dtype) : 0;
+  for (int m = 0; m < in.models; ++m) bytes += BytesOf(in.model[m].dtype);
+  return bytes * in.n;
+}
+
+// Above this a result would push everything else out of the caches, and is not there any more when it is read: store past them.
+constexpr int64_t kStreamBytes = 4 << 20;
+
+template <class F>
+void ForEachChunk(int64_t n, int64_t bytes, int threads, F&& f) {
+  ParallelFor((n + kChunk - 1) / kChunk, UsefulThreads(bytes, threads),
+              [&](int64_t c, int) { f(c * kChunk, std::min((c + 1) * kChunk, n)); });
+}
+
+void ChooseFactors(MergePlan* plan, int threads) {
+  MergeJob& job = plan->job;
+  for (int m = 0; m < job.in.models; ++m) {
+    double factor = 1.0;
+    if (job.sparsify != Sparsify::kNone && plan->rescale == Rescale::kDensity && plan->density[m] > 0) {
+      factor = 1.0 / plan->density[m];
+    } else if (job.sparsify != Sparsify::kNone && plan->rescale == Rescale::kNorm) {
+      const size_t blocks = static_cast<size_t>((job.in.n + kSumBlock - 1) / kSumBlock);
+      std::vector<double> full(blocks), kept(blocks);
+      ForEachChunk(job.in.n, BytesMoved(job.in), threads, [&](int64_t begin, int64_t end) {
+        CurrentKernels().abs_sums(job, m, begin, end, full.data(), kept.data());
+      });
+      double all = 0.0, part = 0.0;
+      for (size_t b = 0; b < blocks; ++b) {
+        all += full[b];
+        part += kept[b];
+      }
+      if (part > 0) factor = all / part;
+    }
+    job.rescale[m] = factor;
+  }
+}
+
+void ChooseElements(MergePlan* plan, int threads) {
+  MergeJob& job = plan->job;
+  if (job.sparsify == Sparsify::kMagnitude && !plan->selected) {
+    const std::vector<int64_t> counts(plan->counts, plan->counts + job.in.models);
+    const std::vector<Selection> chosen = Select({job.in}, counts, plan->tie_all, threads);
+    std::copy(chosen.begin(), chosen.end(), job.selection);
+  }
+  ChooseFactors(plan, threads);
+}
+
+int64_t CountBalance(const MergeJob& job, int threads) {
+  std::atomic<int64_t> balance{0};
+  ForEachChunk(job.in.n, BytesMoved(job.in), threads,
+               [&](int64_t begin, int64_t end) { balance += CurrentKernels().balance(job, begin, end); });
+  return balance;
+}
+
+}  // namespace
+
+int64_t VoteBalance(MergePlan* plan, int threads) {
+  ChooseElements(plan, threads);
+  return CountBalance(plan->job, threads);
+}
+
+bool MergeTensor(MergePlan* plan, int threads) {
+  MergeJob& job = plan->job;
+  ChooseElements(plan, threads);
+  if (plan->majority) job.zero_vote = CountBalance(job, threads) > 0 ? ZeroVote::kPositive : ZeroVote::kNegative;
+  job.stream = job.in.n * BytesOf(job.out.dtype) >= kStreamBytes;
+  std::atomic<bool> finite{true};
+  ForEachChunk(job.in.n, BytesMoved(job.in), threads, [&](int64_t begin, int64_t end) {
+    if (!CurrentKernels().merge(job, begin, end)) finite = false;
+  });
+  return finite;
+}
+
+void LerpTensor(LerpJob job, int threads) {
+  const int64_t bytes = BytesOf(job.a.dtype) + BytesOf(job.b.dtype) + BytesOf(job.out.dtype);
+  job.stream = job.out.data != job.a.data && job.n * BytesOf(job.out.dtype) >= kStreamBytes;
+  ForEachChunk(job.n, bytes * job.n, threads, [&](int64_t begin, int64_t end) { CurrentKernels().lerp(job, begin, end); });
+}
+
+void DotProducts(int64_t n, const Input& a, const Input& b, bool f64, int threads, double sums[3]) {
+  std::vector<double> blocks(static_cast<size_t>(3 * ((n + kSumBlock - 1) / kSumBlock)));
+  ForEachChunk(n, (BytesOf(a.dtype) + BytesOf(b.dtype)) * n, threads,
+               [&](int64_t begin, int64_t end) { CurrentKernels().dots(a, b, f64, begin, end, blocks.data()); });
+  std::fill(sums, sums + 3, 0.0);
+  for (size_t i = 0; i < blocks.size(); ++i) sums[i % 3] += blocks[i];
+}
+
+}  // namespace pymerge

@@ -1,0 +1,129 @@
+// 8 fp32 lanes: AVX2, F16C, BMI2.
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd/scalar.h"
+
+namespace pymerge {
+namespace PYMERGE_TARGET {
+
+// For each 8-bit mask, the lane numbers under it, packed to the front.
+struct CompressTable {
+  uint8_t lane[256][8];
+  constexpr CompressTable() : lane() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int count = 0;
+      for (int i = 0; i < 8; ++i) {
+        if (mask >> i & 1) lane[mask][count++] = static_cast<uint8_t>(i);
+      }
+    }
+  }
+};
+static constexpr CompressTable kCompress;
+
+struct Lanes {
+  using Real = float;
+  using Key = int32_t;
+  using Vec = __m256;
+  using Keys = __m256i;
+  using Mask = __m256;  // all bits of a lane set or clear
+  static constexpr int kLanes = 8;
+
+  static Vec Load(const float* p) { return _mm256_loadu_ps(p); }
+  static Vec Load(const Bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  }
+  static Vec Load(const F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+  static void Store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+  static void Store(Bf16* p, Vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), Pack(p, v)); }
+  static void Store(F16* p, Vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), Pack(p, v)); }
+  static void Stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+  template <class T>
+  static void Stream(T* p, Vec v) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), Pack(p, v));
+  }
+
+  static Vec Set(float x) { return _mm256_set1_ps(x); }
+  static Vec Zero() { return _mm256_setzero_ps(); }
+  static Vec Add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec Sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+  static Vec Mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static Vec Div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+  static Keys KeysOf(Vec v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF)); }
+  static Keys SetKey(Key k) { return _mm256_set1_epi32(k); }
+  static Keys Max(Keys a, Keys b) { return _mm256_max_epi32(a, b); }
+  static Key ReduceMax(Keys k) {
+    int32_t lane[8];
+    StoreKeys(lane, k);
+    int32_t top = lane[0];
+    for (int i = 1; i < 8; ++i) top = lane[i] > top ? lane[i] : top;
+    return top;
+  }
+  static Mask Greater(Keys a, Keys b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)); }
+  static Mask Equal(Keys a, Keys b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
+  static Keys CountIf(Keys n, Mask m) { return _mm256_sub_epi32(n, _mm256_castps_si256(m)); }
+  static int64_t ReduceAdd(Keys k) {
+    int32_t lane[8];
+    StoreKeys(lane, k);
+    int64_t sum = 0;
+    for (int i = 0; i < 8; ++i) sum += lane[i];
+    return sum;
+  }
+  static Mask Positive(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_GT_OQ); }
+  static Mask Negative(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_LT_OQ); }
+  static Mask IsZero(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_EQ_OQ); }
+  static Mask Not(Mask m) { return _mm256_xor_ps(m, _mm256_castsi256_ps(_mm256_set1_epi32(-1))); }
+  static Mask Or(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+  static Mask AndNot(Mask a, Mask b) { return _mm256_andnot_ps(b, a); }
+  static Vec Where(Mask m, Vec v) { return _mm256_and_ps(m, v); }
+  static Vec Blend(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, m); }
+  static Vec AddIf(Mask m, Vec sum, Vec v) { return _mm256_blendv_ps(sum, _mm256_add_ps(sum, v), m); }
+  static Mask FromBits(uint64_t bits) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return Equal(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit), bit);
+  }
+  static int Count(Mask m) { return _mm_popcnt_u32(static_cast<uint32_t>(_mm256_movemask_ps(m))); }
+  static void StoreKeys(Key* p, Keys k) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), k); }
+  static int Compress(Key* p, Mask m, Keys k) {
+    const uint32_t bits = static_cast<uint32_t>(_mm256_movemask_ps(m));
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lane[bits])));
+    StoreKeys(p, _mm256_permutevar8x32_epi32(k, lanes));
+    return _mm_popcnt_u32(bits);
+  }
+  static void Fence() { _mm_sfence(); }
+
+ private:
+  static __m128i Pack(const Bf16*, Vec v) {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7FFF)), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+  static __m128i Pack(const F16*, Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+};
+
+// Four 64-bit lanes for Philox: 32-bit words in the low halves, rubbish in the high ones.
+struct Words {
+  using Vec = __m256i;
+  static constexpr int kLanes = 4;
+  static Vec Set(uint64_t x) { return _mm256_set1_epi64x(static_cast<int64_t>(x)); }
+  static Vec Iota(uint64_t first) { return _mm256_add_epi64(Set(first), _mm256_setr_epi64x(0, 1, 2, 3)); }
+  static Vec MulLow(Vec a, Vec b) { return _mm256_mul_epu32(a, b); }
+  static Vec High(Vec a) { return _mm256_srli_epi64(a, 32); }
+  static Vec Xor(Vec a, Vec b, Vec c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+  static uint32_t Below(Vec a, Vec bound) {
+    const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u));  // signed compare of flipped words is an unsigned one
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_xor_si256(bound, sign), _mm256_xor_si256(a, sign));
+    return _pext_u32(static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(below))), 0x55u);
+  }
+  static uint64_t Interleave(const uint32_t masks[4]) {
+    return _pdep_u32(masks[0], 0x1111u) | _pdep_u32(masks[1], 0x2222u) | _pdep_u32(masks[2], 0x4444u) | _pdep_u32(masks[3], 0x8888u);
+  }
+};
+
+}  // namespace PYMERGE_TARGET
+}  // namespace pymerge

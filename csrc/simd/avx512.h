@@ -1,0 +1,98 @@
+// 16 fp32 lanes: AVX-512 F, BW, DQ, VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd/scalar.h"
+
+namespace pymerge {
+namespace PYMERGE_TARGET {
+
+struct Lanes {
+  using Real = float;
+  using Key = int32_t;
+  using Vec = __m512;
+  using Keys = __m512i;
+  using Mask = __mmask16;
+  static constexpr int kLanes = 16;
+
+  static Vec Load(const float* p) { return _mm512_loadu_ps(p); }
+  static Vec Load(const Bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  }
+  static Vec Load(const F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+  static void Store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  static void Store(Bf16* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), Pack(p, v)); }
+  static void Store(F16* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), Pack(p, v)); }
+  static void Stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
+  template <class T>
+  static void Stream(T* p, Vec v) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), Pack(p, v));
+  }
+
+  static Vec Set(float x) { return _mm512_set1_ps(x); }
+  static Vec Zero() { return _mm512_setzero_ps(); }
+  static Vec Add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec Sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec Mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec Div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+  static Keys KeysOf(Vec v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)); }
+  static Keys SetKey(Key k) { return _mm512_set1_epi32(k); }
+  static Keys Max(Keys a, Keys b) { return _mm512_max_epi32(a, b); }
+  static Key ReduceMax(Keys k) { return _mm512_reduce_max_epi32(k); }
+  static Mask Greater(Keys a, Keys b) { return _mm512_cmpgt_epi32_mask(a, b); }
+  static Mask Equal(Keys a, Keys b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  static Keys CountIf(Keys n, Mask m) { return _mm512_mask_sub_epi32(n, m, n, _mm512_set1_epi32(-1)); }
+  static int64_t ReduceAdd(Keys k) { return _mm512_reduce_add_epi32(k); }
+  static Mask Positive(Vec v) { return _mm512_cmp_ps_mask(v, Zero(), _CMP_GT_OQ); }
+  static Mask Negative(Vec v) { return _mm512_cmp_ps_mask(v, Zero(), _CMP_LT_OQ); }
+  static Mask IsZero(Vec v) { return _mm512_cmp_ps_mask(v, Zero(), _CMP_EQ_OQ); }
+  static Mask Not(Mask m) { return static_cast<Mask>(~m); }
+  static Mask Or(Mask a, Mask b) { return static_cast<Mask>(a | b); }
+  static Mask AndNot(Mask a, Mask b) { return static_cast<Mask>(a & ~b); }
+  static Vec Where(Mask m, Vec v) { return _mm512_maskz_mov_ps(m, v); }
+  static Vec Blend(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no, yes); }
+  static Vec AddIf(Mask m, Vec sum, Vec v) { return _mm512_mask_add_ps(sum, m, sum, v); }
+  static Mask FromBits(uint64_t bits) { return static_cast<Mask>(bits); }
+  static int Count(Mask m) { return _mm_popcnt_u32(m); }
+  static void StoreKeys(Key* p, Keys k) { _mm512_storeu_si512(p, k); }
+  static int Compress(Key* p, Mask m, Keys k) {
+    // To a register first: compressing straight to memory is microcoded on Zen 4.
+    _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, k));
+    return _mm_popcnt_u32(m);
+  }
+  static void Fence() { _mm_sfence(); }
+
+ private:
+  // vcvtneps2bf16 would flush subnormals, so bf16 is rounded in integers.
+  static __m256i Pack(const Bf16*, Vec v) {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7FFF)), 16);
+    const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
+  }
+  static __m256i Pack(const F16*, Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+};
+
+// Eight 64-bit lanes for Philox: 32-bit words in the low halves, rubbish in the high ones.
+struct Words {
+  using Vec = __m512i;
+  static constexpr int kLanes = 8;
+  static Vec Set(uint64_t x) { return _mm512_set1_epi64(static_cast<int64_t>(x)); }
+  static Vec Iota(uint64_t first) { return _mm512_add_epi64(Set(first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)); }
+  static Vec MulLow(Vec a, Vec b) { return _mm512_mul_epu32(a, b); }
+  static Vec High(Vec a) { return _mm512_srli_epi64(a, 32); }
+  static Vec Xor(Vec a, Vec b, Vec c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+  // Bit l: the low word of lane l is below `bound`, a vector of words.
+  static uint32_t Below(Vec a, Vec bound) { return _pext_u32(_mm512_cmplt_epu32_mask(a, bound), 0x5555u); }
+  // Bits 0..kLanes-1 of four masks, interleaved: bit 4 l + j is bit l of masks[j].
+  static uint64_t Interleave(const uint32_t masks[4]) {
+    return _pdep_u32(masks[0], 0x11111111u) | _pdep_u32(masks[1], 0x22222222u) | _pdep_u32(masks[2], 0x44444444u) |
+           _pdep_u32(masks[3], 0x88888888u);
+  }
+};
+
+}  // namespace PYMERGE_TARGET
+}  // namespace pymerge

@@ -1,0 +1,100 @@
+// Plain data shared by the dispatcher and every target. No code, so that no function compiled for a newer CPU can end up in a common path.
+#pragma once
+
+#include <cstdint>
+
+namespace pymerge {
+
+constexpr int kMaxModels = 64;
+constexpr int64_t kChunk = 1 << 16;  // elements a thread takes at a time; a multiple of kSumBlock
+constexpr int64_t kSumBlock = 4096;  // elements per block of the summation tree (docs/arithmetic.md)
+
+enum class DType : int { kF32, kBF16, kF16, kF64 };
+enum class Sparsify : int { kNone, kMagnitude, kBernoulli };
+enum class Vote : int { kNone, kMass, kCount };
+enum class ZeroVote : int { kPositive, kNegative, kDrop };
+enum class Divisor : int { kNone, kWeights, kCount };
+
+struct Input {
+  const void* data = nullptr;  // nullptr: all zeros
+  DType dtype = DType::kF32;
+};
+
+struct Output {
+  void* data = nullptr;
+  DType dtype = DType::kF32;
+};
+
+// Element e of a tensor is kept iff key_e > key, or key_e == key and e <= cut; key_e is the bit pattern of |delta_e|.
+struct Selection {
+  int64_t key = 0;
+  int64_t cut = -1;
+};
+
+// One tensor: base and models, or base and some of the models.
+struct Deltas {
+  int64_t n = 0;
+  int models = 0;
+  bool f64 = false;  // compute in fp64
+  Input base;
+  Input model[kMaxModels];
+};
+
+struct MergeJob {
+  Deltas in;
+  Output out;
+  Sparsify sparsify = Sparsify::kNone;
+  Vote vote = Vote::kNone;
+  bool vote_weighted = true;
+  ZeroVote zero_vote = ZeroVote::kPositive;
+  Divisor divisor = Divisor::kNone;
+  double weight[kMaxModels];
+  double rescale[kMaxModels];
+  double scale = 1.0;
+  Selection selection[kMaxModels];
+  uint64_t keep_below[kMaxModels];  // a 32-bit draw below it keeps the element
+  uint64_t seed = 0;
+  uint32_t tensor_id = 0;
+  bool stream = false;  // store past the cache: the result is larger than the caches
+};
+
+// Keys in [lo, hi] other than mid are collected; keys above hi and equal to mid are counted.
+struct Bracket {
+  int64_t lo = 0, mid = 0, hi = 0;
+};
+
+struct BracketCount {
+  int64_t above = 0;
+  int64_t equal = 0;
+  int64_t collected = 0;
+};
+
+struct LerpJob {
+  int64_t n = 0;
+  bool f64 = false;
+  Input a, b;
+  Output out;
+  bool near_a = true;  // a + weight * (b - a), else b - weight * (b - a)
+  double weight = 0.0;
+  bool stream = false;
+};
+
+// Entry points of one target. Ranges [begin, end) are element indices; begin is a multiple of kChunk.
+struct Kernels {
+  const char* name;
+  // Merges a range; false if some delta of it is not finite.
+  bool (*merge)(const MergeJob&, int64_t begin, int64_t end);
+  // Elections won by the positive side minus those won by the negative one.
+  int64_t (*balance)(const MergeJob&, int64_t begin, int64_t end);
+  // Keys of one model's deltas, any range, as int32 (int64 when in.f64).
+  void (*keys)(const Deltas&, int model, int64_t begin, int64_t end, void* keys);
+  // Counts one model's keys against a bracket. `collected` has room for end - begin + 16 keys.
+  BracketCount (*count)(const Deltas&, int model, const Bracket&, int64_t begin, int64_t end, void* collected);
+  // L1 norms of one model's delta and of its kept part, per block of kSumBlock elements.
+  void (*abs_sums)(const MergeJob&, int model, int64_t begin, int64_t end, double* full, double* kept);
+  // a·a, b·b and a·b per block of kSumBlock elements: sums[3 * block + i].
+  void (*dots)(const Input& a, const Input& b, bool f64, int64_t begin, int64_t end, double* sums);
+  void (*lerp)(const LerpJob&, int64_t begin, int64_t end);
+};
+
+}  // namespace pymerge
