@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import baselines
 import torch
@@ -42,17 +42,24 @@ class Case:
     Attributes:
         ours: runs pymerge into ``w.out``.
         naive: the baseline, a new tensor.
-        models: how many models `ours` reads; `reads_base`: whether it reads the base too.
+        models: how many models it reads.
+        reads_base: whether it reads the base too.
+        running_average: it changes ``w.out``, which is kept in fp32, in place.
     """
 
     ours: Callable[[Weights], object]
     naive: Callable[[Weights], Tensor]
     models: int = 3
     reads_base: bool = True
+    running_average: bool = False
+
+    def prepared(self, w: Weights) -> Weights:
+        return replace(w, out=w.out.float()) if self.running_average else w
 
     def bytes_moved(self, w: Weights) -> int:
         """The compulsory traffic: every input read once, the output written once."""
-        return sum(x.nbytes for x in w.models[: self.models]) + (w.base.nbytes if self.reads_base else 0) + w.out.nbytes
+        read = [*w.models[: self.models], *([w.base] if self.reads_base else []), *([w.out] if self.running_average else [])]
+        return sum(x.nbytes for x in read) + w.out.nbytes
 
 
 CASES: dict[str, Case] = {
@@ -78,9 +85,12 @@ CASES: dict[str, Case] = {
         lambda w: baselines.wise_ft(w.base, w.models[0], ALPHA),
         models=1,
     ),
-    # In place: `out` is the running average, read and written; it stands in for the base in the count of bytes.
     "ema": Case(
-        lambda w: pymerge.ema_update(w.out, w.models[0], decay=DECAY), lambda w: baselines.ema(w.out, w.models[0], DECAY), models=1
+        lambda w: pymerge.ema_update(w.out, w.models[0], decay=DECAY),
+        lambda w: baselines.ema(w.out, w.models[0], DECAY),
+        models=1,
+        reads_base=False,
+        running_average=True,
     ),
     "slerp": Case(
         lambda w: pymerge.slerp(w.base, w.models[0], t=ALPHA, out=w.out), lambda w: baselines.slerp(w.base, w.models[0], ALPHA), models=1

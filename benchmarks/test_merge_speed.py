@@ -33,6 +33,7 @@ def inputs(request) -> tuple[str, str, Weights]:
 def test_merge_speed(inputs, method, benchmark, request, measured_rows):
     size, dtype, weights = inputs
     case = CASES[method]
+    weights = case.prepared(weights)
     benchmark.group = f"{size}-{dtype}"
     check(method, weights)
 

@@ -23,13 +23,13 @@ from rich.console import Console
 EXPERTS = DOMAINS[1:]
 
 
-def recipes(root: Path) -> dict[str, dict]:
-    """Row name -> recipe, in the format that mergekit reads too (but for wise_ft, which it does not have)."""
+def recipes() -> dict[str, dict]:
+    """Row name -> recipe, in mergekit's format. A relative path starts at the recipe's own folder."""
 
     def models(**parameters: float) -> list[dict]:
-        return [{"model": str(root / name), "parameters": {"weight": 1.0, **parameters}} for name in EXPERTS]
+        return [{"model": f"../{name}", "parameters": {"weight": 1.0, **parameters}} for name in EXPERTS]
 
-    base = {"base_model": str(root / "base")}
+    base = {"base_model": "../base"}
     return {
         "soup": {"merge_method": "linear", "models": models(), "parameters": {"normalize": True}},
         "task arithmetic, 0.4": {"merge_method": "task_arithmetic", **base, "models": models(), "parameters": {"lambda": 0.4}},
@@ -44,7 +44,7 @@ def recipes(root: Path) -> dict[str, dict]:
             f"WiSE-FT {name}, 0.5": {
                 "merge_method": "wise_ft",
                 **base,
-                "models": [{"model": str(root / name)}],
+                "models": [{"model": f"../{name}"}],
                 "parameters": {"alpha": 0.5},
             }
             for name in EXPERTS
@@ -66,7 +66,7 @@ def train_all(root: Path, domains) -> list[Row]:
 
 def merge_all(root: Path, domains, console: Console) -> list[Row]:
     rows = []
-    for name, recipe in recipes(root).items():
+    for name, recipe in recipes().items():
         slug = name.lower().replace(", ", "-").replace(" %", "").replace(" ", "-")
         file, out = root / "recipes" / f"{slug}.yml", root / "merged" / slug
         file.parent.mkdir(exist_ok=True)
