@@ -46,7 +46,7 @@ def ties(
             tensor compute in fp64. For bare tensors the two scopes are the same.
         dtype: of the result; by default the common dtype of base and models, per tensor.
         out: tensors to write into, of the inputs' names and shapes, sharing no memory with them; returned.
-        check_finite: refuse NaN and Inf in an input.
+        check_finite: refuse NaN and Inf in an input. Unchecked, a NaN has no sign and so agrees with nobody.
 
     Returns:
         A new tensor, or a dict of tensors in the base's order (for a module: a state dict), without autograd history. Integer and boolean

@@ -1,0 +1,31 @@
+"""Fixtures for all tests: unwritten memory shows, few threads, and a choice of backends."""
+
+import importlib.util
+
+import pytest
+import torch
+
+import pymerge
+
+HAS_NATIVE = importlib.util.find_spec("pymerge._native") is not None
+
+
+def pytest_configure(config):
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN and huge integers, so that an element which nobody wrote fails a test."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "native"])
+def each_backend(request):
+    if request.param == "native" and not HAS_NATIVE:
+        pytest.skip("the C++ extension is not built")
+    with pymerge.backend(request.param):
+        yield request.param
