@@ -73,7 +73,8 @@ def write_recipes(folder: Path, experts: int) -> None:
     for name in names:
         ties += [f"- model: {name}", "  parameters:", f"    weight: {1 / experts:.4f}", "    density: 0.2"]
     ties += ["parameters:", "  normalize: true", "dtype: bfloat16", ""]
-    linear = ["merge_method: linear", "models:", *(f"- model: {name}" for name in names), "parameters:", "  weight: 1", "dtype: bfloat16", ""]
+    models = [f"- model: {name}" for name in names]
+    linear = ["merge_method: linear", "models:", *models, "parameters:", "  weight: 1", "dtype: bfloat16", ""]
     (folder / "ties.yml").write_text("\n".join(ties))
     (folder / "linear.yml").write_text("\n".join(linear))
 
@@ -103,7 +104,8 @@ def main() -> None:
     began = time.perf_counter()
     write_models(args.folder, shapes, config, args.experts, args.shard_size, args.seed)
     write_recipes(args.folder, args.experts)
-    print(f"{args.experts + 1} models of {count / 1e9:.3f} billion parameters, {format_bytes(need)}, in {time.perf_counter() - began:.0f} s")
+    seconds = time.perf_counter() - began
+    print(f"{args.experts + 1} models of {count / 1e9:.3f} billion parameters, {format_bytes(need)}, in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

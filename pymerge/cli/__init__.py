@@ -1,0 +1,5 @@
+"""The command `pymerge`."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,106 @@
+"""Commands, and what becomes of errors. Commands are imported when they are run: `pymerge --help` loads neither torch nor rich."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+
+import click
+
+from .._version import __version__
+from .errors import explain
+
+__all__ = ["main"]
+
+COMMANDS = ("merge", "plan", "methods", "inspect")
+
+HELP = """Merge the weights of neural networks that share a base: checkpoint files in, a checkpoint file out.
+
+\b
+  pymerge plan recipe.yml            check a recipe, see what it would do
+  pymerge merge recipe.yml out/      do it
+  pymerge inspect out/               see what is in a checkpoint
+
+Recipes are YAML files in mergekit's format; `pymerge methods` lists the methods and their parameters. A recipe of three lines:
+
+\b
+  merge_method: linear
+  models: [{model: ./a}, {model: ./b}]
+  parameters: {weight: 0.5}
+"""
+
+EPILOG = """\b
+Exit status: 0 done, 1 the merge failed while it ran, 2 bad usage, recipe or
+input (nothing was started), 130 interrupted. Whatever happens, the output
+appears complete or not at all.
+"""
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands are modules of this package."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f".{cmd_name}", __package__).command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            if near:
+                error.message += f" Did you mean {near[0]!r}?"
+            elif args[0].endswith((".yml", ".yaml", ".json")):
+                error.message += f" To merge by a recipe: pymerge merge {args[0]} OUT"
+            raise
+
+
+@click.group(cls=_LazyGroup, help=HELP, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", message="pymerge %(version)s")
+def _group() -> None:
+    pass
+
+
+def main(args: list[str] | None = None, prog_name: str = "pymerge") -> None:
+    """Run the command line and exit.
+
+    Args:
+        args: arguments without the program's name; those of the process by default.
+        prog_name: how the program calls itself in its help.
+    """
+    if hasattr(signal, "SIGTERM"):
+        # The default would leave the unfinished output behind; this unwinds as Ctrl-C does.
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        _group.main(args=args, prog_name=prog_name, standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was written", err=True)
+        code = 130
+    except BrokenPipeError:
+        # Whoever read our output has gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        message, code = explain(error)
+        if message is None:
+            raise
+        click.echo(message, err=True)
+    sys.exit(code)
+
+
+def _terminate(number: int, frame: object) -> None:
+    sys.exit(128 + number)

@@ -1,0 +1,47 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from ..checkpoint.sizes import parse_bytes
+
+__all__ = ["DTYPES", "as_json", "merge_options"]
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Size(click.ParamType):
+    """A number of bytes with or without a unit."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+_MERGE_OPTIONS = (
+    click.option(
+        "--shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE", help="Most bytes of tensors per file: 5GB, 512MiB."
+    ),
+    click.option("--dtype", type=click.Choice(DTYPES), help="Cast inputs to this first; overrides the recipe's dtype."),
+    click.option("--out-dtype", type=click.Choice(DTYPES), help="Write this dtype; overrides the recipe's out_dtype."),
+    click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Of random drops; overrides the recipe's seed."),
+    click.option("-f", "--force", is_flag=True, help="Replace an existing OUT, once the new one is complete."),
+)
+
+
+def merge_options(function: Callable) -> Callable:
+    """Adds the options that decide what is merged into what."""
+    for option in reversed(_MERGE_OPTIONS):
+        function = option(function)
+    return function

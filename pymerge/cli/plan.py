@@ -1,0 +1,99 @@
+"""`pymerge plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ..checkpoint.sizes import format_bytes
+from .options import as_json, merge_options
+
+__all__ = ["command"]
+
+WORKSPACE = 350_000_000
+"""Bytes that Python, torch and the method's own scratch space take besides the buffers; measured, rounded up."""
+
+
+@click.command("plan", short_help="Check a recipe and show what it would do.")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@merge_options
+@click.option("-t", "--tensors", is_flag=True, help="List every tensor with its parameters.")
+@as_json
+def command(recipe, out, shard_size, dtype, out_dtype, seed, force, tensors, as_json) -> None:
+    """Check RECIPE against the models it names, and OUT if given; show what would be read, merged and written, and the memory it takes.
+
+    Reads headers only and writes nothing. Exits with 2 and lists every problem when the merge could not be done.
+    """
+    from ..checkpoint.plan import make_plan
+
+    with make_plan(recipe, out, shard_size=shard_size, force=force, dtype=dtype, out_dtype=out_dtype, seed=seed) as plan:
+        if as_json:
+            click.echo(json.dumps(_as_dict(plan, tensors), indent=2))
+        else:
+            _print(plan, tensors)
+
+
+def _as_dict(plan, tensors: bool) -> dict:
+    result = {
+        "merge_method": plan.method.name,
+        "recipe": plan.recipe.to_dict(),
+        "models": [
+            {"name": name, "path": str(plan.checkpoints[index].path), "role": role, "bytes": plan.checkpoints[index].nbytes}
+            for name, role, index in _inputs(plan)
+        ],
+        "tensors": len(plan.tensors),
+        "copied_tensors": sum(t.copied for t in plan.tensors),
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "memory_bytes": plan.buffers.total + WORKSPACE,
+        "files": [{"name": shard.file_name, "bytes": shard.size} for shard in plan.layout.shards],
+        "config_from": str(plan.donor) if plan.donor else None,
+        "warnings": list(plan.warnings),
+    }
+    if tensors:
+        result["tensor_list"] = [
+            {"name": t.output.name, "dtype": t.output.dtype, "shape": list(t.output.shape), "parameters": t.parameters}
+            for t in plan.tensors
+        ]
+    return result
+
+
+def _inputs(plan) -> list[tuple[str, str, int]]:
+    indices = [index for index, _ in plan.tensors[0].inputs] if plan.tensors else []
+    roles = ["base" if i == 0 and plan.has_base else "model" for i in range(len(indices))]
+    return list(zip(plan.names, roles, indices, strict=True))
+
+
+def _print(plan, tensors: bool) -> None:
+    for warning in plan.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(f"method   {plan.method.name}: {plan.method.summary}")
+    for name, role, index in _inputs(plan):
+        checkpoint = plan.checkpoints[index]
+        files = f"{len(checkpoint.headers)} file{'s' if len(checkpoint.headers) > 1 else ''}"
+        click.echo(f"{role:<8} {name}  ({len(checkpoint.tensors)} tensors, {format_bytes(checkpoint.nbytes)} in {files})")
+    copied = sum(t.copied for t in plan.tensors)
+    click.echo(f"merge    {len(plan.tensors) - copied} tensors" + (f", copy {copied} that are not floating point" if copied else ""))
+    click.echo(f"read     {format_bytes(plan.bytes_read)}")
+    shards = plan.layout.shards
+    files = shards[0].file_name if len(shards) == 1 else f"{len(shards)} files of at most {format_bytes(max(s.size for s in shards))}"
+    dtypes = ", ".join(sorted({t.output.dtype for t in plan.tensors}))
+    click.echo(f"write    {format_bytes(plan.bytes_written)} of {dtypes} in {files}")
+    buffers = plan.buffers.total
+    click.echo(f"memory   about {format_bytes(buffers + WORKSPACE)}, of which {format_bytes(buffers)} for tensors on their way")
+    if plan.donor:
+        click.echo(f"copy     config and tokenizer of {plan.donor}")
+    if tensors:
+        click.echo("")
+        for t in plan.tensors:
+            values = ", ".join(f"{key}={_short(value)}" for key, value in t.parameters.items() if value is not None)
+            click.echo(f"{t.output.name}  {t.output.dtype} {list(t.output.shape)}  {values or 'copied'}")
+
+
+def _short(value) -> str:
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_short, value)) + ")"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
