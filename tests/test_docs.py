@@ -48,7 +48,9 @@ def test_links_lead_somewhere(page):
 
 def test_every_method_is_documented():
     text = "\n".join(page.read_text() for page in PAGES)
-    assert not [name for name in registry.methods() if f"`{name}`" not in text and f"merge_method: {name}\n" not in text]
+    # Other tests may have registered methods of their own.
+    names = [name for name in registry.methods() if registry.get_method(name).tensor.__module__.startswith("pymerge.")]
+    assert names and not [name for name in names if f"`{name}`" not in text and f"merge_method: {name}\n" not in text]
 
 
 def test_preset_table_is_the_code():
