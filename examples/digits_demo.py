@@ -71,12 +71,12 @@ def merge_all(root: Path, domains, console: Console) -> list[Row]:
         file, out = root / "recipes" / f"{slug}.yml", root / "merged" / slug
         file.parent.mkdir(exist_ok=True)
         file.write_text(yaml.safe_dump({**recipe, "dtype": "float32"}, sort_keys=False))
-        # The command that `pip install` puts on the path, by its module so that the demo runs without activating an environment.
-        command = [sys.executable, "-m", "pymerge.cli", "merge", str(file), str(out)]
+        # The command that `pip install` put beside this Python, so that the demo runs without activating the environment.
+        command = [str(Path(sys.executable).with_name("pymerge")), "merge", str(file), str(out), "--force"]
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"pymerge merge {file} {out} failed:\n{done.stdout}{done.stderr}")
+            raise SystemExit(f"pymerge merge {file} {out} failed:\n{done.stdout}{done.stderr}".rstrip())
         console.print(f"pymerge merge {file} {out}   [dim]{time.perf_counter() - started:.1f} s[/dim]", highlight=False, soft_wrap=True)
         rows.append(Row("merge", name, accuracies(load_checkpoint(out), domains)))
     return rows

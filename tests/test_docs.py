@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 
@@ -72,3 +73,13 @@ def test_choices_table_is_the_code():
     table = (ROOT / "docs/conventions.md").read_text().split("## The choices")[1].split("## The presets")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
     assert [(row[0], row[1]) for row in rows] == [(name, ", ".join(str(v).lower() for v in values)) for name, values in _CHOICES.items()]
+
+
+def test_command_line_page_has_every_option():
+    from pymerge.cli import main as cli
+
+    group, text = importlib.import_module(f"{cli.__module__}")._group, (ROOT / "docs/cli.md").read_text()
+    for name in group.list_commands(None):
+        assert f"## pymerge {name}" in text
+        for parameter in group.get_command(None, name).params:
+            assert all(f"`{option}" in text for option in parameter.opts if option.startswith("-"))
