@@ -5,7 +5,6 @@ import sys
 
 import pymerge
 
-
 CODE = """
 import sys, time, torch
 before = set(sys.modules)

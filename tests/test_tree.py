@@ -427,4 +427,4 @@ def test_numbers_per_model():
     with pytest.raises(ValueError, match="65 models given; a merge takes 1 to 64"):
         soup([t] * 65)
     assert torch.equal(soup([t + 1, t + 3], weights=torch.tensor([1.0, 3.0])), t + 2.5)
-    assert soup((m for m in (t, t + 2))).tolist() == [1.0, 1.0]
+    assert soup(m for m in (t, t + 2)).tolist() == [1.0, 1.0]
