@@ -1,0 +1,158 @@
+"""A recipe's text as plain values, with the line of every key and list item."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+from .problems import Path, Problem, RecipeError
+
+__all__ = ["Source", "read_source"]
+
+MAX_BYTES = 4_000_000
+MAX_VALUES = 200_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a recipe came from and what it says.
+
+    Attributes:
+        label: its file name, or "recipe".
+        folder: against which relative model paths are looked up first; None for a recipe that is not a file.
+        data: plain values.
+        lines: path of each key and list item -> line, from 1.
+    """
+
+    label: str
+    folder: FilePath | None
+    data: Any
+    lines: dict[Path, int] = field(default_factory=dict)
+
+
+def read_source(recipe: str | os.PathLike | Mapping) -> Source:
+    """Read a recipe from a YAML file, a .json file, or take a mapping as it is.
+
+    Raises:
+        RecipeError: the file cannot be read or parsed.
+    """
+    if isinstance(recipe, Mapping):
+        return Source("recipe", None, recipe)
+    if not isinstance(recipe, str | os.PathLike):
+        raise TypeError(f"recipe is a {type(recipe).__name__}; pass a path or a mapping")
+    path = FilePath(recipe)
+    label = str(path)
+    try:
+        raw = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        raise _failure(label, None, f"cannot be read: {reason}") from None
+    if len(raw) > MAX_BYTES:
+        raise _failure(label, None, f"is {len(raw)} bytes long; a recipe has at most {MAX_BYTES}")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _failure(label, None, f"is not UTF-8 text (byte {error.start})") from None
+    try:
+        if path.suffix == ".json":
+            data, lines = _parse_json(text, label), {}
+        else:
+            data, lines = _parse_yaml(text, label)
+    except RecursionError:
+        raise _failure(label, None, "is nested too deep") from None
+    return Source(label, path.parent, data, lines)
+
+
+def _failure(label: str, line: int | None, message: str) -> RecipeError:
+    return RecipeError([Problem(label, line, "", message)])
+
+
+def _parse_json(text: str, label: str) -> Any:
+    def unique(pairs: list) -> dict:
+        keys = [key for key, _ in pairs]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise _failure(label, None, f"key {twice!r} occurs twice in one object")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise _failure(label, error.lineno, f"is not valid JSON: {error.msg}") from None
+
+
+def _parse_yaml(text: str, label: str) -> tuple[Any, dict[Path, int]]:
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            reader = _NodeReader(loader, label)
+            return (None if node is None else reader.value(node, ())), reader.lines
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise _failure(label, mark.line + 1 if mark else None, f"is not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise _failure(label, None, f"is not valid YAML: {error}") from None
+    except RecipeError:
+        raise
+    except ValueError as error:  # a scalar that looks like a date but is none
+        raise _failure(label, None, f"is not valid YAML: {error}") from None
+
+
+class _NodeReader:
+    """Plain values of a YAML node tree; SafeLoader alone would forget the lines and let a key that occurs twice pass."""
+
+    def __init__(self, loader, label: str) -> None:
+        self.lines: dict[Path, int] = {}
+        self._loader = loader
+        self._label = label
+        self._inside: set[int] = set()
+        self._count = 0
+
+    def value(self, node, path: Path) -> Any:
+        import yaml
+
+        self._count += 1
+        if self._count > MAX_VALUES:  # aliases of aliases grow exponentially
+            raise _failure(self._label, None, f"has more than {MAX_VALUES} values")
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.ScalarNode):
+            return self._loader.construct_object(node)
+        if id(node) in self._inside:
+            raise _failure(self._label, node.start_mark.line + 1, "contains itself through an alias")
+        self._inside.add(id(node))
+        try:
+            if isinstance(node, yaml.SequenceNode):
+                return [self.value(item, (*path, i)) for i, item in enumerate(node.value)]
+            return self._mapping(node, path)
+        finally:
+            self._inside.discard(id(node))
+
+    def _mapping(self, node, path: Path) -> dict:
+        import yaml
+
+        result: dict = {}
+        own = sum(key.tag != "tag:yaml.org,2002:merge" for key, _ in node.value)
+        self._loader.flatten_mapping(node)  # puts what `<<: *alias` brings in front
+        inherited = len(node.value) - own
+        seen: set = set()
+        for i, (key_node, value_node) in enumerate(node.value):
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _failure(self._label, line, "has a key that is a list or a mapping")
+            key = self._loader.construct_object(key_node)
+            if i >= inherited:
+                if key in seen:
+                    raise _failure(self._label, line, f"key {key!r} occurs twice in one mapping")
+                seen.add(key)
+            self.lines[(*path, key)] = line
+            result[key] = self.value(value_node, (*path, key))
+        return result
