@@ -1,0 +1,112 @@
+"""What stands beside the weights in a model folder: config.json, the tokenizer, the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+from .dtypes import NAMES, name_of
+from .format import CheckpointError, load_json, open_regular
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+__all__ = ["COPIED", "config_with_dtype", "files_to_copy", "model_card", "read_config"]
+
+MAX_BYTES = 200_000_000
+
+COPIED = (
+    "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "chat_template.jinja", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+
+
+def files_to_copy(folder: Path | None) -> list[Path]:
+    """Config, tokenizer and processor files of a model folder."""
+    if folder is None:
+        return []
+    found = [folder / name for name in COPIED if (folder / name).is_file()]
+    return found + sorted(path for path in folder.glob("*.tiktoken") if path.is_file())
+
+
+def read_small(path: Path) -> bytes:
+    """A small file's bytes.
+
+    Raises:
+        CheckpointError: it cannot be read or is not small.
+    """
+    fd, info = open_regular(path)
+    with open(fd, "rb") as file:
+        if info.st_size > MAX_BYTES:
+            raise CheckpointError(f"{path}: is {info.st_size} bytes long; such a file has at most {MAX_BYTES}")
+        return file.read()
+
+
+def read_config(folder: Path | None) -> dict[str, Any] | None:
+    """The config.json of a model folder, None when there is none.
+
+    Raises:
+        CheckpointError: it is not a JSON object.
+    """
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    config = load_json(read_small(folder / "config.json"), str(folder / "config.json"))
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: is not a JSON object")
+    return config
+
+
+def config_with_dtype(raw: bytes, code: str) -> bytes:
+    """config.json that says its weights are of dtype `code`; the same bytes when it says so already or does not say."""
+    config = json.loads(raw)
+    if not _set_dtype(config, name_of(code)):
+        return raw
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _set_dtype(config: dict[str, Any], name: str) -> bool:
+    changed = False
+    for key, value in config.items():
+        if isinstance(value, dict):  # text_config, vision_config of a multimodal model
+            changed |= _set_dtype(value, name)
+        # transformers 4 calls it torch_dtype, 5 calls it dtype.
+        elif key in ("dtype", "torch_dtype") and value in NAMES.values() and value != name:
+            config[key] = name
+            changed = True
+    return changed
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def model_card(recipe: Recipe, title: str, models: Sequence[str], base: str | None, transformers: bool) -> str:
+    """README.md of the output: front matter as Hugging Face reads it, what was merged, the recipe, and how to do it again."""
+    # A path on somebody's disk is no model's name on the hub.
+    sources = [m for m in dict.fromkeys([*([base] if base else []), *models]) if _HUB_ID.fullmatch(m)]
+    front = ["---", *(["library_name: transformers"] if transformers else []), "tags:", "- merge", "- pymerge"]
+    if sources:
+        front += ["base_model:", *(f"- {m}" for m in sources)]
+    listed = [f"* {_code(m)}" for m in models]
+    text = recipe.to_yaml()
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    lines = [
+        *front, "---", "", f"# {title}", "",
+        f"This model was merged with the method `{recipe.merge_method}` by pymerge {__version__}.", "",
+        "Merged models:", "", *listed, "",
+        *([f"Base model: {_code(base)}", ""] if base else []),
+        "## Recipe", "", f"{fence}yaml", text.rstrip("\n"), fence, "",
+        "With the recipe in a file, this makes the same weights again:", "",
+        "```sh", f"pip install pymerge-kernels=={__version__}", "pymerge merge recipe.yml OUT", "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if "`" not in text else f"`` {text} ``"
