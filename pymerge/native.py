@@ -117,9 +117,7 @@ def merge(
     return _core.merge(out.numel(), f64, _arg(base), [_arg(x) for x in models], _arg(out), options, torch.get_num_threads())
 
 
-def vote_balance(
-    base: Tensor | None, models: Sequence[Tensor], spec: MergeSpec, *, name: str = "", selection: Tensor | None = None
-) -> int:
+def vote_balance(base: Tensor | None, models: Sequence[Tensor], spec: MergeSpec, *, name: str = "", selection: Tensor | None = None) -> int:
     """See :func:`pymerge.reference.vote_balance`."""
     n = models[0].numel()
     options = _options(spec, n, name, selection, None)
@@ -127,9 +125,7 @@ def vote_balance(
     return _core.vote_balance(n, _wide([base, *models]), _arg(base), [_arg(x) for x in models], options, torch.get_num_threads())
 
 
-def select(
-    bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], counts: Sequence[int], tie_break: str = "first"
-) -> Tensor:
+def select(bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], counts: Sequence[int], tie_break: str = "first") -> Tensor:
     """See :func:`pymerge.reference.select`."""
     tensors = [
         (models[0][j].numel(), _arg(bases[j] if bases else None), [_arg(model[j]) for model in models]) for j in range(len(models[0]))

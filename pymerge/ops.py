@@ -294,9 +294,7 @@ def vote_balance(base, models, spec: MergeSpec, *, name: str = "", selection: Te
     return int(torch.ops.pymerge.vote_balance(*_spec_args(base, models, spec, name, selection)))
 
 
-def select(
-    bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], counts: Sequence[int], tie_break: str = "first"
-) -> Tensor:
+def select(bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], counts: Sequence[int], tie_break: str = "first") -> Tensor:
     """Thresholds of the k largest magnitudes over one or many tensors, see :func:`pymerge.reference.select`."""
     return torch.ops.pymerge.select(list(bases or ()), [t for row in models for t in row], list(counts), tie_break)
 

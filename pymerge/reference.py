@@ -62,9 +62,7 @@ def _keys(delta: Tensor) -> Tensor:
 KEEP_NONE = (2**63 - 1, -1)
 
 
-def select(
-    bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], counts: Sequence[int], tie_break: str = "first"
-) -> Tensor:
+def select(bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], counts: Sequence[int], tie_break: str = "first") -> Tensor:
     """For each model, which deltas are among its `counts[i]` largest by magnitude.
 
     Args:
@@ -80,7 +78,7 @@ def select(
     flat = [t for model in models for t in model] + list(bases or ())
     dtype = compute_dtype(flat)
     rows = []
-    for model, k in zip(models, counts):
+    for model, k in zip(models, counts, strict=True):
         pieces = [_keys(_deltas(bases[j] if bases else None, [t], dtype)[0].reshape(-1)) for j, t in enumerate(model)]
         keys = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
         n = keys.numel()
@@ -116,18 +114,23 @@ def _philox_round(c: list[Tensor], k0: int, k1: int) -> list[Tensor]:
     return [((p1 >> 32) & low) ^ c[1] ^ k0, p1 & low, ((p0 >> 32) & low) ^ c[3] ^ k1, p0 & low]
 
 
+def philox_words(counter: list[Tensor], seed: int) -> list[Tensor]:
+    """The four output words of Philox4x32-10 (Salmon et al. 2011) for four counter words, all as int64, and a 64-bit key."""
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(10):
+        counter = _philox_round(counter, k0, k1)
+        k0, k1 = (k0 + _PHILOX_W[0]) & 0xFFFFFFFF, (k1 + _PHILOX_W[1]) & 0xFFFFFFFF
+    return counter
+
+
 def philox(index: Tensor, tensor: int, model: int, seed: int) -> Tensor:
-    """Philox4x32-10 draws (Salmon et al. 2011), uniform in [0, 2**32), as int64.
+    """The draw of each element, uniform in [0, 2**32), as int64.
 
     key = seed; counter = (index >> 2 as two words, tensor id, model index); the draw is word index & 3 of the output.
     """
     group = index >> 2
-    c = [group & 0xFFFFFFFF, group >> 32, torch.full_like(group, tensor), torch.full_like(group, model)]
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
-    for _ in range(10):
-        c = _philox_round(c, k0, k1)
-        k0, k1 = (k0 + _PHILOX_W[0]) & 0xFFFFFFFF, (k1 + _PHILOX_W[1]) & 0xFFFFFFFF
-    words = torch.stack(c)
+    counter = [group & 0xFFFFFFFF, group >> 32, torch.full_like(group, tensor), torch.full_like(group, model)]
+    words = torch.stack(philox_words(counter, seed))
     return words.gather(0, (index & 3).unsqueeze(0)).squeeze(0)
 
 
@@ -183,7 +186,7 @@ def _kept(deltas: Sequence[Tensor], spec: MergeSpec, name: str, selection: Tenso
         if selection is None:
             counts = [kept_count(density, n, spec.convention.k) for density in spec.densities]
             selection = select(None, [[d] for d in deltas], counts, spec.convention.tie_break)
-        return [_kept_by_magnitude(d, key, cut) for d, (key, cut) in zip(deltas, selection.tolist())]
+        return [_kept_by_magnitude(d, key, cut) for d, (key, cut) in zip(deltas, selection.tolist(), strict=True)]
     return [torch.ones_like(d, dtype=torch.bool) for d in deltas]
 
 
@@ -209,7 +212,7 @@ def _trimmed_and_weighted(base, models, spec: MergeSpec, name: str, selection: T
     kept = _kept(deltas, spec, name, selection)
     rescale = "none" if spec.sparsify == "none" else spec.convention.rescale
     trimmed, weighted = [], []
-    for i, (d, m) in enumerate(zip(deltas, kept)):
+    for i, (d, m) in enumerate(zip(deltas, kept, strict=True)):
         factor = _rescale_factor(d, m, spec.densities[i], rescale)
         t = torch.where(m, d * _scalar(factor, d), torch.zeros_like(d))
         trimmed.append(t)
@@ -230,9 +233,7 @@ def _votes(trimmed, weighted, spec: MergeSpec) -> tuple[list[Tensor], Tensor]:
     return votes, total
 
 
-def vote_balance(
-    base: Tensor | None, models: Sequence[Tensor], spec: MergeSpec, *, name: str = "", selection: Tensor | None = None
-) -> int:
+def vote_balance(base: Tensor | None, models: Sequence[Tensor], spec: MergeSpec, *, name: str = "", selection: Tensor | None = None) -> int:
     """Sum over the elements of the sign of the vote: positive when most elections are won by the positive side."""
     _, trimmed, weighted = _trimmed_and_weighted(base, models, spec, name, selection)
     total = _votes(trimmed, weighted, spec)[1]
@@ -283,7 +284,7 @@ def merge(
         chosen = kept
         counted = [torch.ones_like(kept[0])] * len(models) if spec.convention.divisor == "weights" else kept
     merged, weight, count = zero, zero, zero
-    for p, w, c, h in zip(weighted, weights, counted, chosen):
+    for p, w, c, h in zip(weighted, weights, counted, chosen, strict=True):
         merged = merged + torch.where(h, p, zero)
         weight = weight + torch.where(c, w, zero)
         count = count + c.to(zero.dtype)

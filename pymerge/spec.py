@@ -46,7 +46,7 @@ class MergeSpec:
             raise ValueError(f"{count} models given; a merge takes 1 to {MAX_MODELS}")
         if len(self.densities) != count:
             raise ValueError(f"{len(self.densities)} densities for {count} models")
-        for i, (weight, density) in enumerate(zip(self.weights, self.densities)):
+        for i, (weight, density) in enumerate(zip(self.weights, self.densities, strict=True)):
             if not math.isfinite(weight):
                 raise ValueError(f"weight of model {i} is {weight}; weights must be finite")
             if not 0.0 <= density <= 1.0:
