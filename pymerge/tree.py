@@ -108,7 +108,8 @@ class Source:
                 raise TypeError(f"{label} has the key {name!r}; names of tensors are strings")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+        t = self._tensors[name]
+        return t.detach() if t.requires_grad else t
 
     def survey(self) -> tuple[dict[str, Facts], dict[str, str]]:
         """Per name: what is to be checked, and the first name of the same tensor. Asks for every tensor once, one at a time."""

@@ -408,6 +408,9 @@ def test_overflow_of_finite_inputs_is_no_error():
     big = torch.full((3,), 3e38)
     assert pymerge.task_arithmetic(-big, [big]).isinf().all()
     assert soup([big, big], normalize=False).isinf().all()
+    assert pymerge.wise_ft(big, big).tolist() == big.tolist()
+    half = torch.full((3,), 6e4, dtype=F16)
+    assert torch.equal(pymerge.slerp(half, half, t=0.5), half)
 
 
 def test_numbers_per_model():
