@@ -52,15 +52,22 @@ def recipes() -> dict[str, dict]:
     }
 
 
-def train_all(root: Path, domains) -> list[Row]:
+def drift(state: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> float:
+    """|model - base| / |base| over all weights."""
+    return (sum((state[k] - base[k]).square().sum() for k in base) / sum(base[k].square().sum() for k in base)).sqrt().item()
+
+
+def train_all(root: Path, domains, console: Console) -> list[Row]:
     torch.manual_seed(0)
     base = train(network(), domains["upright"], epochs=30, lr=1e-3, seed=0)
     save_checkpoint(base.state_dict(), root / "base", shards=2)
-    rows = [Row("base", "base", accuracies(base.state_dict(), domains))]
+    rows, drifts = [Row("base", "base", accuracies(base.state_dict(), domains))], []
     for seed, name in enumerate(EXPERTS, start=1):
         expert = train(copy.deepcopy(base), domains[name], epochs=40, lr=5e-4, seed=seed)
         save_checkpoint(expert.state_dict(), root / name)
         rows.append(Row("expert", f"expert {name}", accuracies(expert.state_dict(), domains)))
+        drifts.append(f"{name} {drift(expert.state_dict(), base.state_dict()):.2f}")
+    console.print(f"drift of the experts, |expert - base| / |base|: {', '.join(drifts)}", highlight=False)
     return rows
 
 
@@ -86,11 +93,8 @@ def main(root: Path) -> None:
     torch.set_num_threads(1)
     console = Console()
     domains = load_domains()
-    started = time.perf_counter()
-    rows = train_all(root, domains)
-    console.print(
-        f"trained a base and {len(EXPERTS)} experts in {time.perf_counter() - started:.1f} s; checkpoints in {root}/", highlight=False
-    )
+    console.print(f"training a base and {len(EXPERTS)} experts; checkpoints in {root}/", highlight=False)
+    rows = train_all(root, domains, console)
     rows += merge_all(root, domains, console)
     console.print()
     print_table(rows, DOMAINS, console)
