@@ -67,7 +67,7 @@ def train_all(root: Path, domains, console: Console) -> list[Row]:
         save_checkpoint(expert.state_dict(), root / name)
         rows.append(Row("expert", f"expert {name}", accuracies(expert.state_dict(), domains)))
         drifts.append(f"{name} {drift(expert.state_dict(), base.state_dict()):.2f}")
-    console.print(f"drift of the experts, |expert - base| / |base|: {', '.join(drifts)}", highlight=False)
+    console.print(f"drift of the experts, |expert - base| / |base|: {', '.join(drifts)}", highlight=False, soft_wrap=True)
     return rows
 
 
