@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .ops import COMPUTED, WIDENED
 from .tree_errors import keys_that_differ, raise_all
 
-__all__ = ["Facts", "Paired", "Source", "check_alike", "common_dtype", "per_model", "span"]
+__all__ = ["Facts", "Paired", "Source", "check_alike", "common_dtype", "span"]
 
 MergeOne = Callable[[str, "Tensor | None", "list[Tensor]", torch.dtype, "Tensor | None"], Tensor]
 
@@ -30,30 +30,6 @@ def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     if all(d == dtypes[0] for d in dtypes):
         return dtypes[0]
     return reduce(torch.promote_types, [torch.float32 if d in WIDENED else d for d in dtypes])
-
-
-def per_model(values: Any, count: int, what: str, default: float = 1.0) -> tuple[float, ...]:
-    """`values` as one float per model: None is `default` for all, a number holds for all, else there must be `count` of them.
-
-    Raises:
-        TypeError: not numbers.
-        ValueError: not one per model.
-    """
-    if values is None:
-        return (default,) * count
-    try:
-        if isinstance(values, Tensor):
-            values = values.tolist()
-        if isinstance(values, (str, bytes, Mapping)):
-            raise TypeError
-        if not hasattr(values, "__iter__"):
-            return (float(values),) * count
-        given = tuple(float(v) for v in values)
-    except (TypeError, ValueError):
-        raise TypeError(f"{what} is {values!r}; pass a number or a sequence with one number per model") from None
-    if len(given) != count:
-        raise ValueError(f"{what} has {len(given)} numbers for {count} models")
-    return given
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------

@@ -24,10 +24,11 @@ def models(base):
     made = []
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
-        made.append({
-            k: v if not v.is_floating_point() or ".layer.1." in k else v + 0.02 * (v.std(correction=0) + 1e-6) * torch.randn(v.shape, generator=g)
-            for k, v in base.items()
-        })  # fmt: skip
+        tuned = {}
+        for name, v in base.items():
+            frozen = not v.is_floating_point() or ".layer.1." in name
+            tuned[name] = v if frozen else v + 0.02 * (v.std(correction=0) + 1e-6) * torch.randn(v.shape, generator=g)
+        made.append(tuned)
     return made
 
 

@@ -425,6 +425,10 @@ def test_numbers_per_model():
         soup([t], weights="abc")
     with pytest.raises(ValueError, match="scale is inf"):
         pymerge.ties(t, [t], scale=float("inf"))
+    with pytest.raises(TypeError, match=r"scale is \[1.0, 2.0\]; pass one number"):
+        pymerge.ties(t, [t], scale=[1.0, 2.0])
+    with pytest.raises(TypeError, match="seed is 1.5; pass an integer"):
+        pymerge.dare_ties(t, [t], seed=1.5)
     with pytest.raises(ValueError, match="seed is -1"):
         pymerge.dare_linear(t, [t], seed=-1)
     with pytest.raises(ValueError, match="65 models given; a merge takes 1 to 64"):

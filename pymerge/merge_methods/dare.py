@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import finite, integer, per_model
 from ..conventions import Convention, ConventionLike
 from ..spec import MergeSpec
-from ..tree import Paired, per_model
+from ..tree import Paired
 from .fused import merge_models, recipe_convention
 from .recipe_parameters import CONVENTION, DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, SEED, WEIGHT
 from .registry import register_method
@@ -77,8 +78,8 @@ def _dare(method, elect, base, models, weights, density, scale, seed, convention
         sparsify="bernoulli",
         elect=elect,
         convention=Convention.resolve(convention, method),
-        scale=float(scale),
-        seed=seed,
+        scale=finite(scale, "scale"),
+        seed=integer(seed, "seed"),
     )
     return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import finite
 from ..conventions import Convention
 from ..finite import raise_if_not_finite
 from ..spec import MergeSpec
@@ -45,19 +46,13 @@ def slerp(
 
     Returns and raises: as :func:`pymerge.ties`.
     """
-    t = _finite(t)
+    t = finite(t, "t")
     pairs = Paired(a, [b], labels=("a", "b"), needs_base="slerp")
 
     def merge_one(name: str, x: Tensor, ys: list[Tensor], dtype: torch.dtype, to: Tensor | None) -> Tensor:
         return _arc(x, ys[0], t, ("a", "b"), name, dtype, to, check_finite)
 
     return pairs.result(merge_one, dtype=dtype, out=out)
-
-
-def _finite(t: float) -> float:
-    if not math.isfinite(t):
-        raise ValueError(f"t is {t}; it must be finite")
-    return float(t)
 
 
 def _coefficients(aa: float, bb: float, ab: float, t: float) -> tuple[float, float]:
@@ -86,4 +81,4 @@ def _arc(a, b, t, labels, name, dtype, out, check_finite) -> Tensor:
     parameters=(Parameter("t", recipe="t", kind=float, doc="0 is the base, 1 the model"),),
 )
 def _tensor(base: Tensor, models: list[Tensor], *, t, name, dtype, out, check_finite) -> Tensor:
-    return _arc(base, models[0], _finite(t), ("base", "model 0"), name, dtype, out, check_finite)
+    return _arc(base, models[0], finite(t, "t"), ("base", "model 0"), name, dtype, out, check_finite)

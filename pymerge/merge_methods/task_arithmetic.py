@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import per_model
 from ..conventions import Convention
 from ..spec import MergeSpec
-from ..tree import Paired, per_model
+from ..tree import Paired
 from .fused import merge_models, weights_that_sum
 from .recipe_parameters import INT8_MASK, LAMBDA, WEIGHT
 from .registry import Parameter, register_method

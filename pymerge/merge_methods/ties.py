@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import finite, per_model
 from ..conventions import Convention, ConventionLike
 from ..spec import MergeSpec
-from ..tree import Paired, per_model
+from ..tree import Paired
 from .fused import merge_models, recipe_convention
 from .recipe_parameters import CONVENTION, DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
 from .registry import register_method
@@ -64,7 +65,7 @@ def ties(
         sparsify="magnitude",
         elect=True,
         convention=Convention.resolve(convention, "ties"),
-        scale=float(scale),
+        scale=finite(scale, "scale"),
     )
     return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import finite
 from ..finite import raise_if_not_finite
 from ..tree import Paired
 from .registry import Parameter, register_method
@@ -34,7 +34,7 @@ def wise_ft(
 
     Returns and raises: as :func:`pymerge.ties`.
     """
-    alpha = _finite(alpha)
+    alpha = finite(alpha, "alpha")
     pairs = Paired(base, [finetuned], labels=("base", "finetuned"), needs_base="wise_ft")
 
     def merge_one(name: str, b: Tensor, xs: list[Tensor], dtype: torch.dtype, to: Tensor | None) -> Tensor:
@@ -43,15 +43,12 @@ def wise_ft(
     return pairs.result(merge_one, dtype=dtype, out=out)
 
 
-def _finite(alpha: float) -> float:
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}; it must be finite")
-    return float(alpha)
-
-
 def _interpolate(base, finetuned, alpha, label, name, dtype, out, check_finite) -> Tensor:
     if check_finite:
         raise_if_not_finite([("base", base), (label, finetuned)], name)
+    if out is not None and out.dtype == base.dtype == dtype and out.dtype in ops.COMPUTED:
+        ops.lerp_(out.copy_(base), finetuned, alpha)  # the same arithmetic without a tensor in between
+        return out
     result = ops.lerp(base, finetuned, alpha, dtype)
     return result if out is None else out.copy_(result)
 
@@ -65,4 +62,4 @@ def _interpolate(base, finetuned, alpha, label, name, dtype, out, check_finite) 
     parameters=(Parameter("alpha", recipe="alpha", kind=float, default=0.5, doc="the fine-tuned model's share"),),
 )
 def _tensor(base: Tensor, models: list[Tensor], *, alpha, name, dtype, out, check_finite) -> Tensor:
-    return _interpolate(base, models[0], _finite(alpha), "model 0", name, dtype, out, check_finite)
+    return _interpolate(base, models[0], finite(alpha, "alpha"), "model 0", name, dtype, out, check_finite)
