@@ -21,41 +21,46 @@ struct BlockSum {
   }
 };
 
-// Which elements of [first, first + n), n <= kSumBlock and first a multiple of it, are kept; as 0 or 1.
+// kept[i] = all bits set iff element first + i, i < n <= kSumBlock, is kept; first is a multiple of kSumBlock. As wide as the data, so
+// that the compiler can blend with it.
 template <class R>
-inline void KeptElements(const MergeJob& job, int model, int64_t first, int64_t n, const R* delta, uint8_t* kept) {
+inline void KeptElements(const MergeJob& job, int model, int64_t first, int64_t n, const R* delta, typename KeyOf<R>::Type* kept) {
+  using Key = typename KeyOf<R>::Type;
   using S = ScalarLanes<R>;
   if (job.sparsify == Sparsify::kMagnitude) {
     const Selection& s = job.selection[model];
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t key = S::KeysOf(delta[i]);
-      kept[i] = key > s.key || (key == s.key && first + i <= s.cut);
-    }
+    const Key key = s.key > KeyOf<R>::kMax ? KeyOf<R>::kMax : static_cast<Key>(s.key);
+    const int64_t ties = s.cut + 1 - first < n ? s.cut + 1 - first : n;  // elements before it are kept at the threshold itself too
+    int64_t i = 0;
+    for (; i < ties; ++i) kept[i] = -Key{S::KeysOf(delta[i]) >= key};
+    for (; i < n; ++i) kept[i] = -Key{S::KeysOf(delta[i]) > key};
   } else {
     for (int64_t w = 0; w < n; w += 64) {
       const uint64_t bits = KeepBits(job.seed, job.tensor_id, static_cast<uint32_t>(model), job.keep_below[model], first + w);
-      for (int64_t i = w; i < w + 64 && i < n; ++i) kept[i] = bits >> (i - w) & 1;
+      for (int i = 0; i < 64; ++i) kept[w + i] = -static_cast<Key>(bits >> i & 1);
     }
   }
 }
 
 template <class R>
 void AbsSumsRange(const MergeJob& job, int model, int64_t begin, int64_t end, double* full, double* part) {
-  R base[kSumBlock], delta[kSumBlock];
-  uint8_t kept[kSumBlock];
+  using Key = typename KeyOf<R>::Type;
+  alignas(64) R base[kSumBlock], delta[kSumBlock];
+  alignas(64) Key kept[kSumBlock];
   for (int64_t first = begin; first < end; first += kSumBlock) {
     const int64_t n = end - first < kSumBlock ? end - first : kSumBlock;
+    const int64_t padded = (n + kSumLanes - 1) / kSumLanes * kSumLanes;  // with zeros, which change no sum
     Widen(job.in.base, first, n, base);
     Widen(job.in.model[model], first, n, delta);
     for (int64_t i = 0; i < n; ++i) delta[i] -= base[i];
-    KeptElements(job, model, first, n, delta, kept);
+    for (int64_t i = n; i < padded; ++i) delta[i] = R(0);
+    KeptElements(job, model, first, padded, delta, kept);
     BlockSum all, some;
-    for (int64_t row = 0; row < n; row += kSumLanes) {
-      const int64_t lanes = n - row < kSumLanes ? n - row : kSumLanes;
-      for (int64_t j = 0; j < lanes; ++j) {
-        const double d = delta[row + j], magnitude = d < 0 ? -d : d;
-        all.lane[j] += magnitude;
-        some.lane[j] += kept[row + j] ? magnitude : 0.0;
+    for (int64_t row = 0; row < padded; row += kSumLanes) {
+      for (int j = 0; j < kSumLanes; ++j) {
+        const Key magnitude = ScalarLanes<R>::KeysOf(delta[row + j]);
+        all.lane[j] += static_cast<double>(BitCast<R>(magnitude));
+        some.lane[j] += static_cast<double>(BitCast<R>(static_cast<Key>(magnitude & kept[row + j])));
       }
     }
     full[first / kSumBlock] = all.Fold();
@@ -65,15 +70,16 @@ void AbsSumsRange(const MergeJob& job, int model, int64_t begin, int64_t end, do
 
 template <class R>
 void DotsRange(const Input& a, const Input& b, int64_t begin, int64_t end, double* sums) {
-  R x[kSumBlock], y[kSumBlock];
+  alignas(64) R x[kSumBlock], y[kSumBlock];
   for (int64_t first = begin; first < end; first += kSumBlock) {
     const int64_t n = end - first < kSumBlock ? end - first : kSumBlock;
+    const int64_t padded = (n + kSumLanes - 1) / kSumLanes * kSumLanes;
     Widen(a, first, n, x);
     Widen(b, first, n, y);
+    for (int64_t i = n; i < padded; ++i) x[i] = y[i] = R(0);
     BlockSum aa, bb, ab;
-    for (int64_t row = 0; row < n; row += kSumLanes) {
-      const int64_t lanes = n - row < kSumLanes ? n - row : kSumLanes;
-      for (int64_t j = 0; j < lanes; ++j) {
+    for (int64_t row = 0; row < padded; row += kSumLanes) {
+      for (int j = 0; j < kSumLanes; ++j) {
         const double u = x[row + j], v = y[row + j];
         aa.lane[j] += u * u;
         bb.lane[j] += v * v;
