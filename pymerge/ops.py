@@ -154,14 +154,16 @@ def _merge_into(base, models, spec, name, selection, balance, dtype, check_finit
         result = reference.merge(flat_base, flat, spec, name=name, selection=selection, balance=balance, dtype=dtype).view(shape)
         return result if out is None else out.copy_(result)
     direct = out is not None and out.is_contiguous() and dtype in COMPUTED
-    target = out.view(-1) if direct else torch.empty(flat[0].shape, dtype=dtype if dtype in COMPUTED else torch.float32)
+    # fp8 is rounded here, from the dtype of the arithmetic: once, also when that is fp64.
+    stored = dtype if dtype in COMPUTED else reference.compute_dtype(given)
+    target = out.view(-1) if direct else torch.empty(flat[0].shape, dtype=stored)
     finite = impl.merge(flat_base, flat, spec, target, name=name, selection=selection, balance=balance)
     if check_finite and not finite:  # a delta overflowed or an input is not finite: only the latter is an error
         _raise_if_not_finite(base, models, name)
     if direct:
         return out
-    result = target.view(shape)
-    return result.to(dtype) if out is None else out.copy_(result)
+    result = reference.round_to(target.view(shape), dtype)
+    return result if out is None else out.copy_(result)
 
 
 def _vote_balance_impl(*args) -> Tensor:
@@ -190,9 +192,9 @@ def _lerp_impl(a, b, alpha, dtype) -> Tensor:
     impl = _backend_for(a.device)
     if impl is reference:
         return reference.lerp(_flat(a), _flat(b), alpha, dtype).view(a.shape)
-    out = torch.empty(a.numel(), dtype=dtype if dtype in COMPUTED else torch.float32)
+    out = torch.empty(a.numel(), dtype=dtype if dtype in COMPUTED else reference.compute_dtype([a, b]))
     impl.lerp(_flat(a), _flat(b), alpha, out)
-    return out.view(a.shape).to(dtype)
+    return reference.round_to(out.view(a.shape), dtype)
 
 
 def _lerp_inplace_impl(a, b, alpha) -> None:

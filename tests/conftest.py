@@ -4,8 +4,15 @@ import importlib.util
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import pymerge
+
+# Fixtures here choose a backend and poison memory; both are the same for every example. The same examples each time: a failure repeats.
+settings.register_profile(
+    "pymerge", max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("pymerge")
 
 HAS_NATIVE = importlib.util.find_spec("pymerge._native") is not None
 

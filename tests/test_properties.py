@@ -2,15 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import pymerge
-
-settings.register_profile(
-    "quick", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
-settings.load_profile("quick")
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 SHAPES = st.sampled_from([(), (0,), (1,), (17,), (3, 5), (2, 3, 7), (129,), (1030,)])

@@ -126,6 +126,15 @@ def test_arithmetic_is_fp32_and_rounds_once():
     assert soup(models, normalize=False).item() == 258.0
 
 
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float8_e4m3fn, 1 / 8), (torch.float8_e5m2, 1 / 4), (BF16, 2**-7), (F16, 2**-10)])
+def test_fp64_rounds_once_too(dtype, step):
+    """Just above the middle of two values: by way of fp32 it would become the middle and then go down to the even one."""
+    x = torch.tensor([1 + step / 2 + 2.0**-40], dtype=F64)
+    for out in (soup([x], dtype=dtype), pymerge.wise_ft(x, x, dtype=dtype), soup([x], out=torch.zeros(1).to(dtype))):
+        assert out.double().item() == 1 + step
+
+
 def test_integers_are_copied():
     a = {"w": torch.randn(2), "steps": torch.tensor(7), "mask": torch.tensor([True, False])}
     out = soup([a, {**a, "w": torch.randn(2)}], dtype=BF16)
