@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 
 import click
 
@@ -76,14 +77,12 @@ def main(args: list[str] | None = None, prog_name: str = "pymerge") -> None:
         args: arguments without the program's name; those of the process by default.
         prog_name: how the program calls itself in its help.
     """
-    if hasattr(signal, "SIGTERM"):
+    if threading.current_thread() is threading.main_thread():
         # The default would leave the unfinished output behind; this unwinds as Ctrl-C does.
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        _group.main(args=args, prog_name=prog_name, standalone_mode=False)
-        code = 0
-    except click.exceptions.Exit as error:
-        code = error.exit_code
+        result = _group.main(args=args, prog_name=prog_name, standalone_mode=False)
+        code = result if isinstance(result, int) else 0  # click returns the status that a command exits with
     except click.ClickException as error:
         error.show()
         code = error.exit_code

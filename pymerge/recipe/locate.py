@@ -48,4 +48,4 @@ def _hint(text: str, candidates: list[FilePath]) -> str:
             near = did_you_mean(candidate.name, [entry.name for entry in candidate.parent.iterdir()])
             if near:
                 return near
-    return f" (looked at {' and '.join(str(c.absolute()) for c in candidates)})"
+    return f" (looked at {' and '.join(dict.fromkeys(str(c.absolute()) for c in candidates))})"

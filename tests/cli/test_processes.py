@@ -1,0 +1,120 @@
+"""What only a process of its own can show: being killed, how much memory it takes, what a terminal sees."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.checkpoint.files import save_model, tree
+
+from .test_commands import environment, run
+
+SLOW = """
+import sys, time
+from pymerge.checkpoint import memory, merge, writer
+memory.BATCH = 1
+original = writer.CheckpointWriter.write
+def write(self, name, data):
+    original(self, name, data)
+    print(name, flush=True)
+    time.sleep(0.05)
+writer.CheckpointWriter.write = write
+from pymerge.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def models(tmp_path):
+    for name in "ab":
+        save_model(tmp_path / name, {f"w{i:02d}": torch.ones(1000) for i in range(40)})
+    (tmp_path / "r.yml").write_text("merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 0.5}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_killed(models, number, code):
+    before = tree(models)
+    command = [sys.executable, "-c", SLOW, "merge", "r.yml", "out"]
+    process = subprocess.Popen(command, cwd=models, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    for _ in range(3):
+        assert process.stdout.readline()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert not (models / "out").exists()
+    if number == signal.SIGKILL:
+        left = list(models.glob("out.partial-*"))
+        assert len(left) == 1
+        done = run("plan", "r.yml", "out", cwd=models)
+        assert f"{left[0]} is left over from a merge that was killed" in done.stderr
+        for path in sorted(left[0].iterdir()):
+            path.unlink()
+        left[0].rmdir()
+    else:
+        assert "Traceback" not in errors
+    assert tree(models) == before
+
+
+MEASURED = """
+import json, resource, sys, threading
+import torch, pymerge, pymerge.checkpoint.merge
+for n in (1 << 16, 1 << 21):
+    x = [torch.randn(n).bfloat16() for _ in range(5)]
+    pymerge.ties(x[0], x[1:])
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+pymerge.merge(sys.argv[1], sys.argv[2])
+print(json.dumps(peak() - before))
+"""
+
+
+def test_memory_stays_near_the_largest_tensor(tmp_path):
+    """1.6 GB pass through; a model alone is 320 MB."""
+    names = ["base", "a", "b", "c"]
+    for i, name in enumerate(names):
+        g = torch.Generator().manual_seed(i)
+        one = torch.randn(2**22, generator=g).bfloat16()
+        save_model(tmp_path / name, {f"w{j:02d}": one.roll(j) for j in range(40)})
+    recipe = {
+        "merge_method": "ties", "base_model": "base", "models": [{"model": n} for n in names[1:]],
+        "parameters": {"weight": 1, "density": 0.2},
+    }  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, "r.json", "out"], cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    growth = int(done.stdout)
+    assert growth < 120e6, f"{growth / 1e6:.0f} MB"
+
+
+def test_progress_bar_on_a_terminal(models):
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", SLOW, "merge", "r.yml", "out"]
+    process = subprocess.Popen(
+        command, cwd=models, stdout=subprocess.DEVNULL, stderr=slave, env={**environment(), "TERM": "xterm"}, close_fds=True
+    )
+    os.close(slave)
+    shown = b""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(master)
+    assert process.wait(timeout=30) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "merging" in text and "kB" in text and "/s" in text
