@@ -56,6 +56,8 @@ class Facts:
             trouble = "is quantised; dequantise it first"
         elif t.layout != torch.strided:
             trouble = f"is sparse ({str(t.layout).removeprefix('torch.')}); call .to_dense() first"
+        elif not torch.compiler.is_compiling() and t.is_neg():
+            trouble = "is a lazily negated view, whose memory holds the opposite values; call .resolve_neg() first"
         elif t.dtype.is_floating_point and t.dtype not in COMPUTED + WIDENED:
             trouble = f"is {_word(t.dtype)}; floating dtypes that can be merged are {', '.join(map(_word, COMPUTED + WIDENED))}"
         return cls(tuple(t.shape), t.dtype, t.device, trouble)

@@ -44,7 +44,7 @@ def close(got, want, base):
 @pytest.mark.parametrize("preset", TIES)
 @pytest.mark.usefixtures("each_backend")
 def test_ties_presets(preset, kind):
-    cases = [(101, 3, 0.2, False), (100, 2, 0.29, True), (64, 1, 0.5, False), (7, 4, 1 / 7, False), (50, 3, 1.0, True)]
+    cases = [(101, 3, 0.2, False), (100, 2, 0.29, True), (64, 1, 0.5, False), (7, 4, 1 / 7, False), (50, 3, 1.0, True), (20, 2, 0.0, False)]
     for n, count, density, cancel in cases:
         base, models = vectors(kind, n, count, seed=n, cancel=cancel)
         weights = [1.0, 0.5, -0.75, 2.0][:count]

@@ -356,6 +356,7 @@ def test_tensors_without_dense_values():
     for bad, words in [
         (t.to_sparse(), "is sparse (sparse_coo); call .to_dense() first"),
         (t.to("meta"), "is a meta tensor: it has no values; load the weights first"),
+        (torch.complex(t, t).conj().imag, "is a lazily negated view, whose memory holds the opposite values; call .resolve_neg() first"),
         (torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "is quantised; dequantise it first"),
     ]:
         with pytest.raises(TypeError) as error:
