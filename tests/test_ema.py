@@ -238,6 +238,14 @@ def test_a_bad_step_changes_nothing():
     EMA(Net(), check_finite=False).update(model)
 
 
+def test_buffers_may_hold_infinities():
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    ema = EMA(model, decay=0.5)
+    ema.update(model)
+    assert ema.state_dict()["tensors"]["mask"].tolist() == [0.0, float("-inf")]
+
+
 def test_errors_of_the_class():
     with pytest.raises(TypeError, match="model is a dict; EMA follows an nn.Module"):
         EMA({"w": torch.zeros(1)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,26 +31,26 @@ def ema_update(ema: Any, model: Any, *, decay: float, check_finite: bool = True)
     Raises:
         ValueError, TypeError, NonFiniteError: as :func:`pymerge.ties`, and before any tensor is changed.
     """
-    pairs = _checked(ema, model, decay, check_finite)
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay is {decay}; it must be between 0 and 1")
+    _average(ema, model, decay, check_finite, lambda name: True)
+
+
+def _average(ema: Any, model: Any, decay: float, check_finite: bool, averaged: Callable[[str], bool]) -> None:
+    """One step, everything checked before anything changes. Floating tensors that are not `averaged` become the model's."""
+    pairs = Paired(ema, [model], labels=("ema", "model"), nonfloat="any", needs_base="ema_update")
+    pairs.check_apart(pairs.sources[0], pairs.sources[1:])
+    moving = {name for name in pairs.merged if averaged(name)}
+    for name in sorted(moving) if check_finite else ():
+        raise_if_not_finite([("model", pairs.tensors(name)[1][0])], name)
     for name in pairs.names:
         if pairs.first_name[name] != name:
             continue
         average, (current,) = pairs.tensors(name)
-        if name in pairs.dtypes:
+        if name in moving:
             ops.lerp_(average, current, 1.0 - decay)
         else:
             average.copy_(current)
-
-
-def _checked(ema: Any, model: Any, decay: float, check_finite: bool) -> Paired:
-    if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"decay is {decay}; it must be between 0 and 1")
-    pairs = Paired(ema, [model], labels=("ema", "model"), nonfloat="any", needs_base="ema_update")
-    pairs.check_apart(pairs.sources[0], pairs.sources[1:])
-    if check_finite:
-        for name in pairs.merged:
-            raise_if_not_finite([("model", pairs.tensors(name)[1][0])], name)
-    return pairs
 
 
 class EMA:
@@ -67,7 +67,7 @@ class EMA:
         inv_gamma, power: of the warm-up.
         update_after_step: the first so many updates copy the model instead of averaging.
         update_every: average on every n-th update only; `decay` is per average, not per update.
-        check_finite: refuse to take in NaN and Inf: one bad step would spoil the average for good.
+        check_finite: refuse parameters with NaN and Inf: one bad step would spoil the average for good.
 
     Raises:
         TypeError: `model` is no module.
@@ -136,20 +136,10 @@ class EMA:
             raise RuntimeError("update() inside applied(): the model holds the average there, not the training's weights")
         step = self.step + 1
         if step % self.update_every == 0:
-            self._average(model, self.decay_at(step))
+            # Buffers are copied and may hold infinities, as attention masks do.
+            averaged = _parameter_names(model).__contains__
+            _average(self._tensors, model.state_dict(), self.decay_at(step), self.check_finite, averaged)
         self.step = step
-
-    def _average(self, model: nn.Module, decay: float) -> None:
-        averaged = _parameter_names(model)
-        pairs = _checked(self._tensors, model.state_dict(), decay, self.check_finite)
-        for name in pairs.names:
-            if pairs.first_name[name] != name:
-                continue
-            average, (current,) = pairs.tensors(name)
-            if name in pairs.dtypes and name in averaged:
-                ops.lerp_(average, current, 1.0 - decay)
-            else:
-                average.copy_(current)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
