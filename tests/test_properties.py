@@ -139,3 +139,23 @@ def test_backends_agree_to_the_bit(data, preset, density, scale):
     with pymerge.backend("reference"):
         want = pymerge.ties(base, rest, weights=weights, density=density, scale=scale, convention=preset)
     assert torch.equal(got, want)
+
+
+@given(
+    st.data(),
+    st.lists(st.sampled_from([(0,), (), (1,), (7,), (3, 5), (40,)]), min_size=1, max_size=5),
+    DENSITIES,
+    st.sampled_from(["first", "all"]),
+    st.sampled_from(["positive", "majority", "drop"]),
+    st.sampled_from(["floor1", "floor", "paper", "complement"]),
+)
+def test_scope_model_is_one_long_tensor(data, shapes, density, tie_break, zero_vote, k):
+    """Thresholds, cuts among equal magnitudes and majorities cross the borders of tensors without a seam."""
+    names = [f"w{i}" for i in range(len(shapes))]
+    dicts = [dict(zip(names, data.draw(st.tuples(*(tensors(1, s, torch.float32) for s in shapes))))) for _ in range(3)]
+    base, *rest = [{n: t for n, (t,) in d.items()} for d in dicts]
+    model = pymerge.Convention(tie_break=tie_break, zero_vote=zero_vote, k=k, scope="model")
+    got = pymerge.ties(base, rest, density=density, weights=[1.0, 0.5], convention=model)
+    flat = [torch.cat([d[n].reshape(-1) for n in names]) for d in (base, *rest)]
+    want = pymerge.ties(flat[0], flat[1:], density=density, weights=[1.0, 0.5], convention=model.replace(scope="tensor"))
+    assert torch.equal(torch.cat([got[n].reshape(-1) for n in names]), want)

@@ -44,7 +44,8 @@ def ties(
         scale: multiplies the merged delta (the paper's lambda).
         convention: a preset's name or a :class:`pymerge.Convention`. ``"default"`` agrees with mergekit and ranks within each tensor;
             ``"paper"`` ranks over the whole model, which then has to fit in memory. In a whole-model ranking one fp64 tensor makes every
-            tensor compute in fp64. For bare tensors the two scopes are the same.
+            tensor compute in fp64, and ``rescale="norm"`` still restores each tensor's own norm. For bare tensors the two scopes are the
+            same.
         dtype: of the result; by default the common dtype of base and models, per tensor.
         out: tensors to write into, of the inputs' names and shapes, sharing no memory with them; returned.
         check_finite: refuse NaN and Inf in an input. Unchecked, a NaN has no sign and so agrees with nobody.
