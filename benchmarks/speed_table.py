@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 HEADINGS = ("method", "elements", "dtype", "pymerge ms", "naive ms", "speed-up", "copy ms", "ratio to copy", "spread")
 
 
@@ -35,14 +37,15 @@ def print_rows(rows: list[dict], machine: dict) -> None:
 def markdown(rows: list[dict], machine: dict) -> str:
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---|--:|---|" + "--:|" * (len(HEADINGS) - 3)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    return "\n".join([*lines, "", legend(machine)])
+    return "\n".join([*lines, "", *textwrap.wrap(legend(machine), 138)])
 
 
 def legend(machine: dict) -> str:
     wide = "AVX-512" if "avx512f" in machine["flags"] else "AVX2" if "avx2" in machine["flags"] else "no AVX2"
     return (
         f"Medians, {machine['cores']} cores of {machine['cpu']} ({wide}), torch {machine['torch']}. "
-        "Three models (wise_ft, ema, slerp: one), density 0.2 for TIES, 0.5 for DARE. Naive: the paper's formula in torch. "
+        "Three models (wise_ft, ema, slerp: one), density 0.2 for TIES, 0.5 for DARE. "
+        "Naive: the paper's formula in torch, which allocates; pymerge writes into a given tensor. "
         "Copy: the fastest of three parallel copies that move the bytes a merge must move (each input read once, the output written "
         "once), timed in turn with the merge. Spread: interquartile range over median."
     )
