@@ -38,7 +38,7 @@ lint: $(VENV)/.lint  ## ruff
 # Part of the benchmarks (make bench ARGS="-k ties") does not replace the day's full result.
 BENCH_RESULT = $(if $(ARGS),.benchmarks/part,benchmarks/results/$$($(PY) benchmarks/machine.py))
 bench: $(VENV)/.bench $(VENV)/.core  ## speeds against naive torch and a copy of the same bytes; writes benchmarks/results/
-	@mkdir -p .benchmarks
+	@mkdir -p .benchmarks benchmarks/results
 	$(PY) -m pytest benchmarks/test_merge_speed.py --benchmark-quiet --benchmark-json=$(BENCH_RESULT).json $(ARGS)
 
 # The runtime libraries of the sanitizers must come before Python's own allocations, hence LD_PRELOAD. Python itself leaks by design.
