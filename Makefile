@@ -44,7 +44,7 @@ bench: $(VENV)/.bench $(VENV)/.core  ## speeds against naive torch and a copy of
 # The runtime libraries of the sanitizers must come before Python's own allocations, hence LD_PRELOAD. Python itself leaks by design.
 SANITIZED := build/sanitize
 SANITIZER_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
-sanitize: $(VENV)/.dev $(SANITIZED)/.built  ## the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(VENV)/.dev $(SANITIZED)/.built  ## the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, gcc)
 	LD_PRELOAD="$(strip $(SANITIZER_LIBRARIES))" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYMERGE_NATIVE_DIR=$(CURDIR)/$(SANITIZED)/pymerge PYTHONPATH=$(CURDIR) $(PYTEST) tests/core -m "not slow" $(ARGS)
 
