@@ -196,6 +196,10 @@ def _is_count(value: Any) -> bool:
 
 def _tensor(name: str, entry: Any, start: int, path: Path) -> TensorInfo:
     where = f"{path}: tensor {name!r}"
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no file can hold again
+        raise CheckpointError(f"{where}: its name is not Unicode text") from None
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where}: is not described by a JSON object")
     if set(entry) != {"dtype", "shape", "data_offsets"}:

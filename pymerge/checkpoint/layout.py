@@ -55,9 +55,7 @@ class Layout:
     total_size: int
 
 
-def make_layout(
-    tensors: Sequence[OutputTensor], shard_size: int, metadata: Mapping[str, str], file_name: str | None = None
-) -> Layout:
+def make_layout(tensors: Sequence[OutputTensor], shard_size: int, metadata: Mapping[str, str], file_name: str | None = None) -> Layout:
     """Distribute tensors over shards, in order; a shard holds at most `shard_size` bytes of tensors, or one larger tensor.
 
     Args:

@@ -188,8 +188,7 @@ class _TensorMerger:
             self._copy(tensor, pieces, out)
             return
         inputs = [
-            piece.view(dtypes.torch_dtype(info.dtype)).view(info.shape)
-            for piece, (_, info) in zip(pieces, tensor.inputs, strict=True)
+            piece.view(dtypes.torch_dtype(info.dtype)).view(info.shape) for piece, (_, info) in zip(pieces, tensor.inputs, strict=True)
         ]
         result = out.view(dtypes.torch_dtype(output.dtype)).view(output.shape)
         inputs = [self._cast(x) for x in inputs]

@@ -20,9 +20,7 @@ def is_built_in(method: Method) -> bool:
     return method.tensor.__module__.partition(".")[0] == "pymerge"
 
 
-def resolve_parameters(
-    recipe: Recipe, method: Method, sources: Sources, names: list[str], problems: Problems
-) -> dict[str, dict[str, Any]]:
+def resolve_parameters(recipe: Recipe, method: Method, sources: Sources, names: list[str], problems: Problems) -> dict[str, dict[str, Any]]:
     """Keywords for the method by tensor name; everything wrong goes to `problems`."""
     before = bool(problems)
     parameters = Parameters(method, recipe, sources.merged, sources.ignored, problems)
@@ -69,9 +67,7 @@ def _try_out(method: Method, count: int, has_base: bool, resolved: dict[str, dic
                 continue
             tried.add(key)
             try:
-                method.tensor(
-                    example if has_base else None, models, name=name, dtype=torch.float32, out=None, check_finite=False, **values
-                )
+                method.tensor(example if has_base else None, models, name=name, dtype=torch.float32, out=None, check_finite=False, **values)
             except (ValueError, TypeError) as error:
                 refused.setdefault(str(error), name)
     for message, name in refused.items():

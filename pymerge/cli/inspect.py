@@ -11,6 +11,7 @@ import click
 from ..checkpoint.sizes import format_bytes
 from .errors import REFUSED
 from .options import as_json
+from .text import printable
 
 __all__ = ["command"]
 
@@ -40,11 +41,12 @@ def command(checkpoint, tensors, metadata, as_json) -> None:
     if metadata:
         for header in opened.headers[:1]:
             for key, value in header.metadata.items():
+                key, value = printable(key), printable(value)
                 click.echo(f"\n{key}:\n{value.rstrip()}" if "\n" in value else f"\n{key}: {value}")
     if tensors:
         click.echo("")
         for info in opened.tensors.values():
-            click.echo(f"{info.name}  {info.dtype} {list(info.shape)}  {format_bytes(info.nbytes)}  {info.file.name}")
+            click.echo(f"{printable(info.name)}  {info.dtype} {list(info.shape)}  {format_bytes(info.nbytes)}  {info.file.name}")
 
 
 def _as_dict(opened, tensors: bool) -> dict:
@@ -76,7 +78,7 @@ def _print(opened) -> None:
         click.echo(f"  {dtype:<8} {sum(i.dtype == dtype for i in infos)} tensors, {format_bytes(size)}")
     if infos:
         largest = max(infos, key=lambda info: info.nbytes)
-        click.echo(f"  largest  {largest.name} {list(largest.shape)}, {format_bytes(largest.nbytes)}")
+        click.echo(f"  largest  {printable(largest.name)} {list(largest.shape)}, {format_bytes(largest.nbytes)}")
     version = next((h.metadata["pymerge_version"] for h in opened.headers if "pymerge_version" in h.metadata), None)
     if version:
-        click.echo(f"  merged by pymerge {version}; --metadata prints the recipe")
+        click.echo(f"  merged by pymerge {printable(version)}; --metadata prints the recipe")

@@ -9,6 +9,7 @@ import click
 
 from ..checkpoint.sizes import format_bytes
 from .options import as_json, merge_options
+from .text import printable
 
 __all__ = ["command"]
 
@@ -90,7 +91,7 @@ def _print(plan, tensors: bool) -> None:
         click.echo("")
         for t in plan.tensors:
             values = ", ".join(f"{key}={_short(value)}" for key, value in t.parameters.items() if value is not None)
-            click.echo(f"{t.output.name}  {t.output.dtype} {list(t.output.shape)}  {values or 'copied'}")
+            click.echo(f"{printable(t.output.name)}  {t.output.dtype} {list(t.output.shape)}  {values or 'copied'}")
 
 
 def _short(value) -> str:

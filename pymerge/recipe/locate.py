@@ -19,7 +19,7 @@ def locate(text: str, folder: FilePath | None, path: Path, problems: Problems) -
     folder second. When both exist and differ the recipe's folder wins, with a warning. A path that exists is taken as it is, whatever
     characters it has; only otherwise are '+' and '@' understood as mergekit's LoRA and revision marks.
     """
-    if "\0" in text:
+    if "\0" in text or not _is_text(text):
         problems.add(path, f"{text!r} is not a path")
         return None
     try:
@@ -35,6 +35,15 @@ def locate(text: str, folder: FilePath | None, path: Path, problems: Problems) -
         return existing[0]
     problems.add(path, f"{text!r} does not exist{_hint(text, candidates)}")
     return None
+
+
+def _is_text(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can spell and no path can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _hint(text: str, candidates: list[FilePath]) -> str:

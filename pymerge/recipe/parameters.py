@@ -28,9 +28,7 @@ class Parameters:
         problems: where everything wrong goes.
     """
 
-    def __init__(
-        self, method: Method, recipe: Recipe, merged: Sequence[int | None], ignored: Iterable[int], problems: Problems
-    ) -> None:
+    def __init__(self, method: Method, recipe: Recipe, merged: Sequence[int | None], ignored: Iterable[int], problems: Problems) -> None:
         self._method = method
         self._merged = tuple(merged)
         self._problems = problems

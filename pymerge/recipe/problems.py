@@ -106,6 +106,6 @@ def path_text(path: Path) -> str:
 
 
 def did_you_mean(name: object, options: Iterable[str]) -> str:
-    """"; did you mean 'weight'?" for the option nearest to `name`, "" when none is near."""
+    """ "; did you mean 'weight'?" for the option nearest to `name`, "" when none is near."""
     near = difflib.get_close_matches(str(name).lower().replace("-", "_"), list(options), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -30,6 +30,7 @@ MALFORMED = {
     "key twice": (raw(b'{"a": %b, "a": %b}' % ((json.dumps(entry()).encode(),) * 2), EIGHT), "'a' occurs twice"),
     "inner key twice": (raw(b'{"a": {"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', EIGHT), "'dtype' occurs twice"),
     "NaN": (raw(b'{"a": NaN}'), "not valid JSON"),
+    "half a surrogate pair": (raw(b'{"\\ud800": %b}' % json.dumps(entry()).encode(), EIGHT), "not Unicode text"),
     "metadata not strings": (raw({"__metadata__": {"a": 1}}), "__metadata__"),
     "metadata a list": (raw({"__metadata__": []}), "__metadata__"),
     "entry a number": (raw({"a": 1}), "'a': is not described"),

@@ -182,6 +182,7 @@ def test_hints_for_paths(tmp_path):
     assert "LoRA references (model+adapter) are not supported yet" in found[0]
     assert "'bb' does not exist; did you mean 'b'?" in found[1]
     assert "looked at" in found[2]
+    assert [p[-14:] for p in problems_of(recipe_of("a\0b", "\ud800"))] == [" is not a path"] * 2
     save_model(tmp_path / "we+ird@x", tensors_of(0))
     assert make_plan(recipe_of("we+ird@x", "a")).names == ("we+ird@x", "a")
 

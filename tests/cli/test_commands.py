@@ -127,6 +127,12 @@ def test_inspect(models):
     )
 
 
+def test_names_cannot_control_the_terminal(models):
+    save_model(models / "evil", {"\x1b[2Jw": torch.ones(2)})
+    done = run("inspect", "-t", "evil", cwd=models)
+    assert "\x1b" not in done.stdout and r"\x1b[2Jw" in done.stdout
+
+
 def test_usage(models):
     help_text = run("--help", cwd=models).stdout
     assert all(word in help_text for word in ("merge", "plan", "methods", "inspect", "Exit status: 0 done", "130 interrupted"))

@@ -55,9 +55,7 @@ def test_model_before_global():
     assert resolve(layer(0), [{"weight": None}, {"weight": "3e-1"}], weight=1)["weights"] == (1.0, 0.3)
 
 
-@pytest.mark.parametrize(
-    ("index", "expected"), [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
-)
+@pytest.mark.parametrize(("index", "expected"), [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)])
 def test_gradient_of_two(index, expected):
     assert resolve(layer(index), weight=[0, 1])["weights"] == (expected, expected)
 
