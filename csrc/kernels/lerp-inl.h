@@ -47,7 +47,7 @@ void LerpDirect(const LerpJob& job, int64_t begin, int64_t end) {
 void Lerp(const LerpJob& job, int64_t begin, int64_t end) {
   const bool uniform = job.a.dtype == job.b.dtype && job.a.dtype == job.out.dtype;
   if (job.f64) {
-    if (uniform) return LerpDirect<ScalarLanes<double>, double>(job, begin, end);
+    if (uniform && job.out.dtype == DType::kF64) return LerpDirect<ScalarLanes<double>, double>(job, begin, end);
     return LerpThroughScratch<ScalarLanes<double>>(job, begin, end);
   }
   if (!uniform) return LerpThroughScratch<Lanes>(job, begin, end);

@@ -218,9 +218,9 @@ typename L::Key MergeChosen(const MergeJob& job, Run<L>& run, bool direct, int64
   return MergeVoted<L, Vote::kNone, T>(job, run, direct, begin, end, balance);
 }
 
-// Whether all tensors share the output's dtype, so that no scratch is needed.
+// Whether all tensors share one dtype that the lanes load and store, so that no scratch is needed.
 inline bool Uniform(const MergeJob& job) {
-  bool same = !job.in.base.data || job.in.base.dtype == job.out.dtype;
+  bool same = job.in.f64 == (job.out.dtype == DType::kF64) && (!job.in.base.data || job.in.base.dtype == job.out.dtype);
   for (int m = 0; m < job.in.models; ++m) same &= job.in.model[m].dtype == job.out.dtype;
   return same;
 }

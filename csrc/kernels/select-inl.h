@@ -74,14 +74,16 @@ BracketCount CountRange(const Deltas& in, int model, const Bracket& bracket, int
       [&](const auto* base, const auto* x, int64_t n) {
         const auto below = L::SetKey(lo - 1), middle = L::SetKey(mid), top = L::SetKey(hi);
         auto above = L::SetKey(0), equal = L::SetKey(0);  // per lane: at most kChunk each
+        Key* to = next;  // a local, so that the compiler need not write it back at every store
         for (int64_t i = 0; i < n; i += L::kLanes) {
           const auto key = DeltaKeys<L>(base, x, i);
           const auto is_above = L::Greater(key, top), is_equal = L::Equal(key, middle);
           above = L::CountIf(above, is_above);
           equal = L::CountIf(equal, is_equal);
           // No branch on "anything inside?": mispredicted, it costs more than always storing a vector.
-          next += L::Compress(next, L::AndNot(L::Greater(key, below), L::Or(is_above, is_equal)), key);
+          to += L::Compress(to, L::AndNot(L::Greater(key, below), L::Or(is_above, is_equal)), key);
         }
+        next = to;
         total.above += L::ReduceAdd(above);
         total.equal += L::ReduceAdd(equal);
       },
