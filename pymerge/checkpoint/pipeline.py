@@ -123,19 +123,17 @@ def _read(plan: Plan, jobs: list[Job], ring: Ring, workers: _Workers, threads: i
                         reads.append((checkpoint, info, ring.view[position + begin : position + end], begin))
                     position += size
 
-            def read(item) -> None:
-                if workers.stopping.is_set():
-                    raise Stopped
-                checkpoint, info, target, begin = item
-                checkpoint.read_into(info, target, begin)
-
-            if threads == 1 or len(reads) == 1:
-                for item in reads:
-                    read(item)
-            else:
-                for _ in pool.map(read, reads):
-                    pass
+            # A share of the reads for each thread, and not a task for each read: tensors may be tiny and many.
+            for _ in pool.map(lambda share: _read_all(share, workers), [reads[i::threads] for i in range(threads)]):
+                pass
             workers.read.put(starts)
+
+
+def _read_all(reads: list, workers: _Workers) -> None:
+    for checkpoint, info, target, begin in reads:
+        if workers.stopping.is_set():
+            raise Stopped
+        checkpoint.read_into(info, target, begin)
 
 
 def _write(writer: CheckpointWriter, ring: Ring, workers: _Workers) -> None:

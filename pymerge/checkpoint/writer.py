@@ -39,7 +39,9 @@ def check_target(out: Path, force: bool) -> str | None:
         return f"cannot be made: {ancestor} is not a folder"
     if not os.access(ancestor, os.W_OK | os.X_OK):
         return f"cannot be made: {ancestor} is not writable"
-    if not out.exists() and not out.is_symlink():
+    if out.is_symlink():
+        return "is a symbolic link; name the place that it points to"
+    if not out.exists():
         return None
     if is_file_target(out):
         if not out.is_file():

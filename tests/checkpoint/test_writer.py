@@ -138,7 +138,9 @@ def test_targets(tmp_path):
     (tmp_path / "notes/a.txt").write_text("x")
     (tmp_path / "d.safetensors").mkdir()
     (tmp_path / "f.safetensors").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
     assert check_target(tmp_path / "new/deep", False) is None
+    assert "symbolic link" in check_target(tmp_path / "link", True)
     assert "not a folder" in check_target(tmp_path / "file", True)
     assert "is not a folder" in check_target(tmp_path / "file/out", False)
     assert "delete it yourself" in check_target(tmp_path / "home", True)
