@@ -154,7 +154,8 @@ def _at_threshold(w: Weights, density: float) -> Tensor:
 
 
 def _close(name: str, got: Tensor, expected: Tensor, ignore: Tensor | None = None) -> None:
-    ulp = 2.0**-7 if got.dtype == torch.bfloat16 else 2.0**-22
+    # The baseline's slerp takes its angle from an fp32 sum over all elements.
+    ulp = 2.0**-7 if got.dtype == torch.bfloat16 else 2.0**-22 if name != "slerp" else 2.0**-14
     wrong = (got.float() - expected.float()).abs() > ulp * expected.float().abs() + 1e-7
     if ignore is not None:
         wrong &= ~ignore
