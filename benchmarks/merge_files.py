@@ -1,7 +1,7 @@
 """Time `pymerge merge` on files, beside the floor: reading every input and writing the output, with the same care for the disk.
 
     python benchmarks/make_checkpoints.py /tmp/bench
-    python benchmarks/merge_files.py /tmp/bench                 # add --mergekit to time mergekit-pytorch too
+    python benchmarks/merge_files.py /tmp/bench                 # add --mergekit to time mergekit-yaml too
 
 Every program runs as a process of its own; wall time includes starting Python, peak memory is the process's largest resident set.
 """
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="made by make_checkpoints.py")
     parser.add_argument("--recipe", default="ties.yml")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--mergekit", action="store_true", help="time mergekit-pytorch once as well; it takes minutes")
+    parser.add_argument("--mergekit", action="store_true", help="time mergekit-yaml once as well; it takes minutes")
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
     folder = args.folder.resolve()
@@ -104,8 +104,10 @@ def main() -> None:
     rows.append(measure("pymerge merge", command, out, args.repeat))
     remove(out)
     if args.mergekit:
-        script = Path(sys.executable).with_name("mergekit-pytorch")
-        rows.append(measure("mergekit-pytorch", [str(script), str(folder / args.recipe), str(out)], out, 1, cwd=folder))
+        script = Path(sys.executable).with_name("mergekit-yaml")
+        # Its model card asks the hub about every model; there is no tokenizer to copy.
+        options = ["--no-copy-tokenizer", "--no-write-model-card"]
+        rows.append(measure("mergekit-yaml", [str(script), str(folder / args.recipe), str(out), *options], out, 1, cwd=folder))
         remove(out)
 
     print(f"{recipe['merge_method']}, {len(models)} checkpoints, {moved / 1e9:.1f} GB read and written, {os.cpu_count()} CPUs")
