@@ -23,8 +23,8 @@ TARGET_FLAGS = {
     "avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
 COMMON = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# GCC 12 finds its own AVX-512 headers' deliberately undefined registers.
-COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# GCC 12 finds its own AVX-512 headers' deliberately undefined registers; -Wpsabi is about calls between files.
+COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 

@@ -9,11 +9,29 @@ namespace PYMERGE_TARGET {
 
 constexpr int kSumLanes = 64;
 
+// Eight lanes; GCC and Clang split these vectors where the target's are shorter.
+typedef float EightFloats __attribute__((vector_size(32)));
+typedef double EightDoubles __attribute__((vector_size(64)));
+
+inline EightDoubles LoadEight(const double* p) {
+  EightDoubles v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline EightDoubles LoadEight(const float* p) {
+  EightFloats v;
+  memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, EightDoubles);
+}
+
 // Lane j holds the terms of index j mod 64, added in order.
 struct BlockSum {
-  double lane[kSumLanes] = {};
+  EightDoubles eight[kSumLanes / 8] = {};
 
   double Fold() {
+    double lane[kSumLanes];
+    memcpy(lane, eight, sizeof(lane));
     for (int half = kSumLanes / 2; half > 0; half /= 2) {
       for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
     }
@@ -21,50 +39,47 @@ struct BlockSum {
   }
 };
 
-// kept[i] = all bits set iff element first + i, i < n <= kSumBlock, is kept; first is a multiple of kSumBlock. As wide as the data, so
-// that the compiler can blend with it.
+// part[i] = magnitude[i] where element first + i, i < n <= kSumBlock, is kept, else 0; first is a multiple of kSumBlock, n one of kSumLanes.
 template <class R>
-inline void KeptElements(const MergeJob& job, int model, int64_t first, int64_t n, const R* delta, typename KeyOf<R>::Type* kept) {
+inline void KeptPart(const MergeJob& job, int model, int64_t first, int64_t n, const R* magnitude, R* part) {
   using Key = typename KeyOf<R>::Type;
-  using S = ScalarLanes<R>;
+  using L = typename LanesFor<R>::Type;
   if (job.sparsify == Sparsify::kMagnitude) {
     const Selection& s = job.selection[model];
     const Key key = s.key > KeyOf<R>::kMax ? KeyOf<R>::kMax : static_cast<Key>(s.key);
     const int64_t ties = s.cut + 1 - first < n ? s.cut + 1 - first : n;  // elements before it are kept at the threshold itself too
     int64_t i = 0;
-    for (; i < ties; ++i) kept[i] = -Key{S::KeysOf(delta[i]) >= key};
-    for (; i < n; ++i) kept[i] = -Key{S::KeysOf(delta[i]) > key};
+    for (; i < ties; ++i) part[i] = BitCast<Key>(magnitude[i]) >= key ? magnitude[i] : R(0);
+    for (; i < n; ++i) part[i] = BitCast<Key>(magnitude[i]) > key ? magnitude[i] : R(0);
   } else {
     for (int64_t w = 0; w < n; w += 64) {
       const uint64_t bits = KeepBits(job.seed, job.tensor_id, static_cast<uint32_t>(model), job.keep_below[model], first + w);
-      for (int i = 0; i < 64; ++i) kept[w + i] = -static_cast<Key>(bits >> i & 1);
+      for (int i = 0; i < 64; i += L::kLanes) L::Store(part + w + i, L::Where(L::FromBits(bits >> i), L::Load(magnitude + w + i)));
     }
   }
 }
 
 template <class R>
-void AbsSumsRange(const MergeJob& job, int model, int64_t begin, int64_t end, double* full, double* part) {
+void AbsSumsRange(const MergeJob& job, int model, int64_t begin, int64_t end, double* full, double* kept) {
   using Key = typename KeyOf<R>::Type;
-  alignas(64) R base[kSumBlock], delta[kSumBlock];
-  alignas(64) Key kept[kSumBlock];
+  alignas(64) R magnitude[kSumBlock], part[kSumBlock];
   for (int64_t first = begin; first < end; first += kSumBlock) {
     const int64_t n = end - first < kSumBlock ? end - first : kSumBlock;
     const int64_t padded = (n + kSumLanes - 1) / kSumLanes * kSumLanes;  // with zeros, which change no sum
-    Widen(job.in.base, first, n, base);
-    Widen(job.in.model[model], first, n, delta);
-    for (int64_t i = 0; i < n; ++i) delta[i] -= base[i];
-    for (int64_t i = n; i < padded; ++i) delta[i] = R(0);
-    KeptElements(job, model, first, padded, delta, kept);
+    Widen(job.in.base, first, n, part);
+    Widen(job.in.model[model], first, n, magnitude);
+    for (int64_t i = n; i < padded; ++i) magnitude[i] = part[i] = R(0);
+    for (int64_t i = 0; i < padded; ++i) {
+      magnitude[i] = BitCast<R>(static_cast<Key>(ScalarLanes<R>::KeysOf(magnitude[i] - part[i])));
+    }
+    KeptPart(job, model, first, padded, magnitude, part);
     BlockSum all, some;
     for (int64_t row = 0; row < padded; row += kSumLanes) {
-      for (int j = 0; j < kSumLanes; ++j) {
-        const Key magnitude = ScalarLanes<R>::KeysOf(delta[row + j]);
-        all.lane[j] += static_cast<double>(BitCast<R>(magnitude));
-        some.lane[j] += static_cast<double>(BitCast<R>(static_cast<Key>(magnitude & kept[row + j])));
-      }
+      for (int j = 0; j < kSumLanes / 8; ++j) all.eight[j] += LoadEight(magnitude + row + 8 * j);
+      for (int j = 0; j < kSumLanes / 8; ++j) some.eight[j] += LoadEight(part + row + 8 * j);
     }
     full[first / kSumBlock] = all.Fold();
-    part[first / kSumBlock] = some.Fold();
+    kept[first / kSumBlock] = some.Fold();
   }
 }
 
@@ -79,11 +94,11 @@ void DotsRange(const Input& a, const Input& b, int64_t begin, int64_t end, doubl
     for (int64_t i = n; i < padded; ++i) x[i] = y[i] = R(0);
     BlockSum aa, bb, ab;
     for (int64_t row = 0; row < padded; row += kSumLanes) {
-      for (int j = 0; j < kSumLanes; ++j) {
-        const double u = x[row + j], v = y[row + j];
-        aa.lane[j] += u * u;
-        bb.lane[j] += v * v;
-        ab.lane[j] += u * v;
+      for (int j = 0; j < kSumLanes / 8; ++j) {
+        const EightDoubles u = LoadEight(x + row + 8 * j), v = LoadEight(y + row + 8 * j);
+        aa.eight[j] += u * u;
+        bb.eight[j] += v * v;
+        ab.eight[j] += u * v;
       }
     }
     double* sum = sums + 3 * (first / kSumBlock);
