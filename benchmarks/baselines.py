@@ -68,8 +68,8 @@ def ema(average: Tensor, model: Tensor, decay: float) -> Tensor:
     return (decay * average.float() + (1 - decay) * model.float()).to(average.dtype)
 
 
-def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    x, y = a.float(), b.float()
+def slerp(a: Tensor, b: Tensor, t: float, compute: torch.dtype = torch.float32) -> Tensor:
+    x, y = a.to(compute), b.to(compute)
     cosine = torch.dot(x / x.norm(), y / y.norm()).clamp(-1, 1).item()
     if abs(cosine) > 0.9995:
         return ((1 - t) * x + t * y).to(a.dtype)
