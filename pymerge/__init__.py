@@ -10,20 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ._version import __version__
-from .conventions import Convention, presets
-from .merge_methods.dare import dare_linear, dare_ties
-from .merge_methods.ema import EMA, ema_update
-from .merge_methods.greedy_soup import GreedySoup, greedy_soup
-from .merge_methods.linear import linear, model_soup
-from .merge_methods.registry import REQUIRED, Method, Parameter, get_method, methods, register_method
-from .merge_methods.slerp import slerp
-from .merge_methods.task_arithmetic import task_arithmetic
-from .merge_methods.ties import ties
-from .merge_methods.wise_ft import wise_ft
-from .ops import NonFiniteError, backend
 
 if TYPE_CHECKING:
     from .checkpoint.merge import merge
+    from .conventions import Convention, presets
+    from .merge_methods.dare import dare_linear, dare_ties
+    from .merge_methods.ema import EMA, ema_update
+    from .merge_methods.greedy_soup import GreedySoup, greedy_soup
+    from .merge_methods.linear import linear, model_soup
+    from .merge_methods.registry import REQUIRED, Method, Parameter, get_method, methods, register_method
+    from .merge_methods.slerp import slerp
+    from .merge_methods.task_arithmetic import task_arithmetic
+    from .merge_methods.ties import ties
+    from .merge_methods.wise_ft import wise_ft
+    from .ops import NonFiniteError, backend
 
 __all__ = [
     "EMA",
@@ -52,13 +52,27 @@ __all__ = [
     "wise_ft",
 ]
 
-# What needs YAML, safetensors and the like is imported when it is first used.
-_LAZY = {"merge": "pymerge.checkpoint.merge"}
+# Everything is imported when it is first used, so that `pymerge --help` does not wait for torch.
+_HOME = {
+    "checkpoint.merge": ("merge",),
+    "conventions": ("Convention", "presets"),
+    "merge_methods.dare": ("dare_linear", "dare_ties"),
+    "merge_methods.ema": ("EMA", "ema_update"),
+    "merge_methods.greedy_soup": ("GreedySoup", "greedy_soup"),
+    "merge_methods.linear": ("linear", "model_soup"),
+    "merge_methods.registry": ("REQUIRED", "Method", "Parameter", "get_method", "methods", "register_method"),
+    "merge_methods.slerp": ("slerp",),
+    "merge_methods.task_arithmetic": ("task_arithmetic",),
+    "merge_methods.ties": ("ties",),
+    "merge_methods.wise_ft": ("wise_ft",),
+    "ops": ("NonFiniteError", "backend"),
+}
+_LAZY = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str):
     if name in _LAZY:
-        value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+        value = globals()[name] = getattr(import_module(f".{_LAZY[name]}", __name__), name)
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
