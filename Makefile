@@ -16,7 +16,7 @@ CORE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-all lint bench sanitize clean distclean
+.PHONY: help demo test test-all lint bench sanitize arm64 clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -47,6 +47,17 @@ SANITIZER_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX)
 sanitize: $(VENV)/.dev $(SANITIZED)/.built  ## the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, gcc)
 	LD_PRELOAD="$(strip $(SANITIZER_LIBRARIES))" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYMERGE_NATIVE_DIR=$(CURDIR)/$(SANITIZED)/pymerge PYTHONPATH=$(CURDIR) $(PYTEST) tests/core -m "not slow" $(ARGS)
+
+# Needs aarch64-linux-gnu-g++ and qemu-aarch64-static (Debian: g++-aarch64-linux-gnu, qemu-user-static); on an arm64 machine `make test`
+# does more.
+ARM64 := build/arm64/targets_agree
+arm64: $(ARM64)  ## the NEON kernels against the scalar ones under emulation
+	qemu-aarch64-static $(ARM64) 200
+
+$(ARM64): $(CORE_SOURCES) tests/core/targets_agree.cpp
+	mkdir -p $(@D)
+	aarch64-linux-gnu-g++ -std=c++17 -O2 -static -pthread -ffp-contract=off -Icsrc -o $@ tests/core/targets_agree.cpp \
+		$(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) csrc/targets/scalar.cpp csrc/targets/neon.cpp
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist demo-output *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks pymerge/_native*.so $(VENV)/.core

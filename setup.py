@@ -9,7 +9,7 @@ import platform
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
@@ -46,6 +46,7 @@ def sources() -> list[str]:
     return sorted(glob("csrc/*.cpp")) + [f"csrc/targets/{name}.cpp" for name in targets]
 
 
+ParallelCompile("PYMERGE_BUILD_JOBS").install()
 flags = COMMON + (SANITIZE if os.environ.get("PYMERGE_SANITIZE") == "1" else [])
 setup(
     packages=[*find_packages(include=["pymerge", "pymerge.*"]), "pymerge.triton_kernels"],

@@ -93,7 +93,7 @@ std::vector<std::tuple<int64_t, int64_t>> PySelect(const std::vector<std::tuple<
   return rows;
 }
 
-void PyLerp(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, bool near_a, double weight, const TensorArg& out, int threads) {
+bool PyLerp(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, bool near_a, double weight, const TensorArg& out, int threads) {
   LerpJob job;
   job.n = n;
   job.f64 = f64;
@@ -102,7 +102,7 @@ void PyLerp(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, bool ne
   job.out = ToOutput(out);
   job.near_a = near_a;
   job.weight = weight;
-  LerpTensor(job, threads);
+  return LerpTensor(job, threads);
 }
 
 std::tuple<double, double, double> PyDots(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, int threads) {

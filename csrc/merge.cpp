@@ -93,10 +93,14 @@ bool MergeTensor(MergePlan* plan, int threads) {
   return finite;
 }
 
-void LerpTensor(LerpJob job, int threads) {
+bool LerpTensor(LerpJob job, int threads) {
   const int64_t bytes = BytesOf(job.a.dtype) + BytesOf(job.b.dtype) + BytesOf(job.out.dtype);
   job.stream = job.out.data != job.a.data && job.n * BytesOf(job.out.dtype) >= kStreamBytes;
-  ForEachChunk(job.n, bytes * job.n, threads, [&](int64_t begin, int64_t end) { CurrentKernels().lerp(job, begin, end); });
+  std::atomic<bool> finite{true};
+  ForEachChunk(job.n, bytes * job.n, threads, [&](int64_t begin, int64_t end) {
+    if (!CurrentKernels().lerp(job, begin, end)) finite = false;
+  });
+  return finite;
 }
 
 void DotProducts(int64_t n, const Input& a, const Input& b, bool f64, int threads, double sums[3]) {

@@ -26,7 +26,8 @@ bool MergeTensor(MergePlan* plan, int threads);
 // Elections that the positive side wins minus those that the negative side wins.
 int64_t VoteBalance(MergePlan* plan, int threads);
 
-void LerpTensor(LerpJob job, int threads);
+// Interpolates; false when some difference is not finite.
+bool LerpTensor(LerpJob job, int threads);
 
 // a·a, b·b, a·b.
 void DotProducts(int64_t n, const Input& a, const Input& b, bool f64, int threads, double sums[3]);

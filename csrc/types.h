@@ -94,7 +94,8 @@ struct Kernels {
   void (*abs_sums)(const MergeJob&, int model, int64_t begin, int64_t end, double* full, double* kept);
   // a·a, b·b and a·b per block of kSumBlock elements: sums[3 * block + i].
   void (*dots)(const Input& a, const Input& b, bool f64, int64_t begin, int64_t end, double* sums);
-  void (*lerp)(const LerpJob&, int64_t begin, int64_t end);
+  // Interpolates a range; false if some difference of it is not finite.
+  bool (*lerp)(const LerpJob&, int64_t begin, int64_t end);
 };
 
 }  // namespace pymerge

@@ -135,11 +135,11 @@ def select(bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], c
     return torch.tensor(rows, dtype=torch.int64).reshape(len(counts), 2)
 
 
-def lerp(a: Tensor, b: Tensor, alpha: float, out: Tensor) -> None:
-    """:func:`pymerge.reference.lerp` into `out`, which may be `a`."""
+def lerp(a: Tensor, b: Tensor, alpha: float, out: Tensor) -> bool:
+    """:func:`pymerge.reference.lerp` into `out`, which may be `a`; False when some b - a is NaN or infinite."""
     near_a = alpha < 0.5
     weight = alpha if near_a else 1.0 - alpha
-    _core.lerp(a.numel(), _wide([a, b]), _arg(a), _arg(b), near_a, weight, _arg(out), torch.get_num_threads())
+    return _core.lerp(a.numel(), _wide([a, b]), _arg(a), _arg(b), near_a, weight, _arg(out), torch.get_num_threads())
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """torch.library operators of the merge core, and the choice of a backend: the only module that knows the backends.
 
-Operators: ``torch.ops.pymerge.merge``, ``merge_out``, ``select``, ``vote_balance``, ``lerp``, ``lerp_`` and ``dots``. They take tensors
-of any shape and stride; autograd does not pass through them. The Python functions of the same names below wrap them with typed
-arguments; the methods call those.
+Operators: ``torch.ops.pymerge.merge``, ``merge_out``, ``select``, ``vote_balance``, ``lerp``, ``lerp_out``, ``lerp_`` and ``dots``. They
+take tensors of any shape and stride; autograd does not pass through them. Importing this module registers them (``import pymerge`` alone
+does not import torch). The Python functions of the same names below wrap them with typed arguments; the methods call those.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ _library.define(f"merge({_SPEC_SCHEMA}, int? balance, ScalarType dtype, bool che
 _library.define(f"merge_out({_SPEC_SCHEMA}, int? balance, bool check_finite, Tensor(a!) out) -> ()")
 _library.define(f"vote_balance({_SPEC_SCHEMA}) -> Tensor")
 _library.define("select(Tensor[] bases, Tensor[] models, int[] counts, str tie_break) -> Tensor")
-_library.define("lerp(Tensor a, Tensor b, float alpha, ScalarType dtype) -> Tensor")
+_LABELS = 'str name="", str label_a="a", str label_b="b", bool check_finite=False'
+_library.define(f"lerp(Tensor a, Tensor b, float alpha, ScalarType dtype, {_LABELS}) -> Tensor")
+_library.define(f"lerp_out(Tensor a, Tensor b, float alpha, Tensor(a!) out, {_LABELS}) -> ()")
 _library.define("lerp_(Tensor(a!) a, Tensor b, float alpha) -> ()")
 _library.define("dots(Tensor a, Tensor b) -> Tensor")
 
@@ -153,15 +155,22 @@ def _merge_into(base, models, spec, name, selection, balance, dtype, check_finit
             _raise_if_not_finite(base, models, name)
         result = reference.merge(flat_base, flat, spec, name=name, selection=selection, balance=balance, dtype=dtype).view(shape)
         return result if out is None else out.copy_(result)
-    direct = out is not None and out.is_contiguous() and dtype in COMPUTED
-    # fp8 is rounded here, from the dtype of the arithmetic: once, also when that is fp64.
-    stored = dtype if dtype in COMPUTED else reference.compute_dtype(given)
-    target = out.view(-1) if direct else torch.empty(flat[0].shape, dtype=stored)
+    target, direct = _target(models[0], dtype, out, given)
     finite = impl.merge(flat_base, flat, spec, target, name=name, selection=selection, balance=balance)
     if check_finite and not finite:  # a delta overflowed or an input is not finite: only the latter is an error
         _raise_if_not_finite(base, models, name)
-    if direct:
-        return out
+    return out if direct else _finished(target, shape, dtype, out)
+
+
+def _target(like: Tensor, dtype: torch.dtype, out: Tensor | None, given: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """A flat tensor for a backend to write into, and whether it is `out` itself."""
+    if out is not None and out.is_contiguous() and dtype in COMPUTED:
+        return out.detach().view(-1), True
+    # fp8 is rounded afterwards, from the dtype of the arithmetic: once, also when that is fp64.
+    return torch.empty(like.numel(), dtype=dtype if dtype in COMPUTED else reference.compute_dtype(given)), False
+
+
+def _finished(target: Tensor, shape: torch.Size, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     result = reference.round_to(target.view(shape), dtype)
     return result if out is None else out.copy_(result)
 
@@ -187,24 +196,31 @@ def _select_impl(bases, models, counts, tie_break) -> Tensor:
     return _backend_for(device).select([_flat(t) for t in bases] or None, flat, counts, tie_break)
 
 
-def _lerp_impl(a, b, alpha, dtype) -> Tensor:
-    _check_alike([a, b])
-    impl = _backend_for(a.device)
-    if impl is reference:
-        return reference.lerp(_flat(a), _flat(b), alpha, dtype).view(a.shape)
-    out = torch.empty(a.numel(), dtype=dtype if dtype in COMPUTED else reference.compute_dtype([a, b]))
-    impl.lerp(_flat(a), _flat(b), alpha, out)
-    return reference.round_to(out.view(a.shape), dtype)
+def _lerp_impl(a, b, alpha, dtype, name="", label_a="a", label_b="b", check_finite=False) -> Tensor:
+    return _lerp_into(a, b, alpha, dtype, name, (label_a, label_b), check_finite, None)
+
+
+def _lerp_out_impl(a, b, alpha, out, name="", label_a="a", label_b="b", check_finite=False) -> None:
+    _lerp_into(a, b, alpha, out.dtype, name, (label_a, label_b), check_finite, out)
 
 
 def _lerp_inplace_impl(a, b, alpha) -> None:
-    _check_alike([a, b])
+    _lerp_into(a, b, alpha, a.dtype, "", ("a", "b"), False, a)
+
+
+def _lerp_into(a, b, alpha, dtype, name, labels, check_finite, out) -> Tensor:
+    _check_alike([a, b, *([] if out is None else [out])])
     impl = _backend_for(a.device)
-    if impl is not reference and a.is_contiguous() and a.dtype in COMPUTED:
-        flat = a.detach().view(-1)
-        impl.lerp(flat, _flat(b), alpha, flat)
-    else:
-        a.copy_(_lerp_impl(a, b, alpha, a.dtype))
+    if impl is reference:
+        if check_finite:
+            raise_if_not_finite(zip(labels, (a, b)), name)
+        result = reference.lerp(_flat(a), _flat(b), alpha, dtype).view(a.shape)
+        return result if out is None else out.copy_(result)
+    target, direct = _target(a, dtype, out, [a, b])
+    finite = impl.lerp(_flat(a), _flat(b), alpha, target)
+    if check_finite and not finite:  # as in _merge_into
+        raise_if_not_finite(zip(labels, (a, b)), name)
+    return out if direct else _finished(target, a.shape, dtype, out)
 
 
 def _dots_impl(a, b) -> Tensor:
@@ -218,6 +234,7 @@ for _name, _impl in {
     "vote_balance": _vote_balance_impl,
     "select": _select_impl,
     "lerp": _lerp_impl,
+    "lerp_out": _lerp_out_impl,
     "lerp_": _lerp_inplace_impl,
     "dots": _dots_impl,
 }.items():
@@ -245,8 +262,13 @@ def _(bases, models, counts, tie_break):
 
 
 @torch.library.register_fake("pymerge::lerp")
-def _(a, b, alpha, dtype):
+def _(a, b, alpha, dtype, *args, **kwargs):
     return torch.empty(a.shape, dtype=dtype, device=a.device)
+
+
+@torch.library.register_fake("pymerge::lerp_out")
+def _(*args, **kwargs):
+    return None
 
 
 @torch.library.register_fake("pymerge::lerp_")
@@ -301,9 +323,22 @@ def select(bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], c
     return torch.ops.pymerge.select(list(bases or ()), [t for row in models for t in row], list(counts), tie_break)
 
 
-def lerp(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
-    """Linear interpolation from a to b, see :func:`pymerge.reference.lerp`."""
-    return torch.ops.pymerge.lerp(a, b, alpha, dtype)
+def lerp(
+    a: Tensor,
+    b: Tensor,
+    alpha: float,
+    *,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    name: str = "",
+    labels: tuple[str, str] = ("a", "b"),
+    check_finite: bool = True,
+) -> Tensor:
+    """Linear interpolation from a to b, see :func:`pymerge.reference.lerp`; `out`, `name` and errors as :func:`merge` has them."""
+    if out is None:
+        return torch.ops.pymerge.lerp(a, b, alpha, dtype, name, *labels, check_finite)
+    torch.ops.pymerge.lerp_out(a, b, alpha, out, name, *labels, check_finite)
+    return out
 
 
 def lerp_(a: Tensor, b: Tensor, alpha: float) -> None:

@@ -38,13 +38,14 @@ def test_opcheck(name):
 
 
 @pytest.mark.usefixtures("each_backend")
-def test_opcheck_of_the_in_place_operator():
+def test_opcheck_of_the_writing_operators():
     torch.library.opcheck(torch.ops.pymerge.lerp_.default, (BASE.clone(), MODELS[0], 0.3))
+    torch.library.opcheck(torch.ops.pymerge.lerp_out.default, (BASE, MODELS[0], 0.3, torch.zeros(6, 5)))
 
 
-def compiled(function):
+def compiled(function, backend="aot_eager"):
     torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend="aot_eager")
+    return torch.compile(function, fullgraph=True, backend=backend)
 
 
 def test_operators_compile_into_one_graph():
@@ -56,6 +57,7 @@ def test_operators_compile_into_one_graph():
         return torch.ops.pymerge.lerp(merged, models[1], 0.5, torch.float32) * torch.ops.pymerge.dots(*models[:2])[2].float()
 
     assert torch.equal(compiled(function)(BASE, MODELS), function(BASE, MODELS))
+    assert torch.equal(compiled(function, "inductor")(BASE, MODELS), function(BASE, MODELS))
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "task_arithmetic"])

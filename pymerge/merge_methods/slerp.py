@@ -66,9 +66,10 @@ def _coefficients(aa: float, bb: float, ab: float, t: float) -> tuple[float, flo
 
 
 def _arc(a, b, t, labels, name, dtype, out, check_finite) -> Tensor:
-    if check_finite:
+    sums = ops.dots(a, b).tolist()
+    if check_finite and not all(map(math.isfinite, sums)):  # a NaN or an infinity shows in the sums; so may an overflow of fp64
         raise_if_not_finite(zip(labels, (a, b)), name)
-    spec = MergeSpec(_coefficients(*ops.dots(a, b).tolist(), t), (1.0, 1.0), convention=_SUM)
+    spec = MergeSpec(_coefficients(*sums, t), (1.0, 1.0), convention=_SUM)
     return ops.merge(None, [a, b], spec, name=name, dtype=dtype, out=out, check_finite=False)
 
 

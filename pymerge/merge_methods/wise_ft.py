@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import ops
 from ..arguments import finite
-from ..finite import raise_if_not_finite
 from ..tree import Paired
 from .registry import Parameter, register_method
 
@@ -38,19 +37,10 @@ def wise_ft(
     pairs = Paired(base, [finetuned], labels=("base", "finetuned"), needs_base="wise_ft")
 
     def merge_one(name: str, b: Tensor, xs: list[Tensor], dtype: torch.dtype, to: Tensor | None) -> Tensor:
-        return _interpolate(b, xs[0], alpha, "finetuned", name, dtype, to, check_finite)
+        labels = ("base", "finetuned")
+        return ops.lerp(b, xs[0], alpha, dtype=dtype, out=to, name=name, labels=labels, check_finite=check_finite)
 
     return pairs.result(merge_one, dtype=dtype, out=out)
-
-
-def _interpolate(base, finetuned, alpha, label, name, dtype, out, check_finite) -> Tensor:
-    if check_finite:
-        raise_if_not_finite([("base", base), (label, finetuned)], name)
-    if out is not None and out.dtype == base.dtype == dtype and out.dtype in ops.COMPUTED:
-        ops.lerp_(out.copy_(base), finetuned, alpha)  # the same arithmetic without a tensor in between
-        return out
-    result = ops.lerp(base, finetuned, alpha, dtype)
-    return result if out is None else out.copy_(result)
 
 
 @register_method(
@@ -62,4 +52,5 @@ def _interpolate(base, finetuned, alpha, label, name, dtype, out, check_finite) 
     parameters=(Parameter("alpha", recipe="alpha", kind=float, default=0.5, doc="the fine-tuned model's share"),),
 )
 def _tensor(base: Tensor, models: list[Tensor], *, alpha, name, dtype, out, check_finite) -> Tensor:
-    return _interpolate(base, models[0], finite(alpha, "alpha"), "model 0", name, dtype, out, check_finite)
+    labels = ("base", "model 0")
+    return ops.lerp(base, models[0], finite(alpha, "alpha"), dtype=dtype, out=out, name=name, labels=labels, check_finite=check_finite)

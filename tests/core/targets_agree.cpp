@@ -94,13 +94,14 @@ std::vector<unsigned char> RunJob(uint64_t seed, const std::string& target) {
   std::vector<unsigned char> between(static_cast<size_t>(job.in.n * 8) + 1);
   LerpJob lerp;
   lerp.n = job.in.n;
-  lerp.f64 = job.in.f64;
+  lerp.f64 = a.dtype == DType::kF64 || b.dtype == DType::kF64;
   lerp.a = a;
   lerp.b = b;
   lerp.out = {between.data(), job.out.dtype};
   lerp.near_a = Pick(0, 1);
   lerp.weight = 0.3;
-  LerpTensor(lerp, 2);
+  const bool lerp_finite = LerpTensor(lerp, 2);
+  append(&lerp_finite, 1);
   append(between.data(), between.size());
   return result;
 }
