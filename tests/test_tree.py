@@ -315,9 +315,7 @@ def test_keys_that_differ():
     )
     with pytest.raises(ValueError) as error:
         pymerge.ties(base, [{"fc.weight": torch.zeros(1)}, {}])
-    assert str(error.value) == (
-        "2 models do not have the same tensors:\n  model 0 lacks 'fc.bias'\n  model 1 lacks 'fc.weight', 'fc.bias'"
-    )
+    assert str(error.value) == ("2 models do not have the same tensors:\n  model 0 lacks 'fc.bias'\n  model 1 lacks 'fc.weight', 'fc.bias'")
     with pytest.raises(ValueError, match="model 1 lacks 'w0', 'w1', 'w2' and 7 more"):
         soup([{f"w{i}": torch.zeros(1) for i in range(10)}, {}])
 
@@ -393,8 +391,7 @@ def test_values_that_are_not_finite(dtype, value):
             with pytest.raises(pymerge.NonFiniteError) as error:
                 method()
             assert str(error.value) == (
-                f"{label}: 'w' has 1 non-finite value(s), the first {value} at index [1, 2]; "
-                "pass check_finite=False to merge them anyway"
+                f"{label}: 'w' has 1 non-finite value(s), the first {value} at index [1, 2]; pass check_finite=False to merge them anyway"
             )
             assert method(check_finite=False, dtype=F32)["w"].shape == (2, 3)
 
