@@ -68,6 +68,16 @@ def _backend_for(device: torch.device) -> ModuleType:
     return native
 
 
+def require_backend(device: torch.device) -> None:
+    """Raise unless tensors on `device` can be merged under the environment's settings, before any work is done.
+
+    Raises:
+        ImportError: the C++ core cannot be loaded, or PYMERGE_ISA names an instruction set that is not there.
+        ValueError: PYMERGE_BACKEND names no backend, or one for other devices.
+    """
+    _backend_for(device)
+
+
 # --------------------------------------------------------------------------------------------------------------------------------------
 # Preparing tensors for a backend
 

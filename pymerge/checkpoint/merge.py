@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
 from . import dtypes
@@ -115,6 +116,10 @@ def run_plan(
     """Carry out a plan made for `out`; arguments and errors as :func:`merge` has them."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; at least one has to read")
+    try:
+        ops.require_backend(torch.device("cpu"))
+    except (ImportError, ValueError) as error:
+        raise MergeError(str(error)) from error
     began = time.perf_counter()
     out = Path(out).absolute()
     total, done = plan.bytes_read + plan.bytes_written, 0
