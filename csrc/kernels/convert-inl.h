@@ -23,17 +23,9 @@ struct LanesFor<double> {
   using Type = ScalarLanes<double>;
 };
 
-template <class R, class T>
-inline void WidenFrom(const T* src, int64_t n, R* dst) {
-  using L = typename LanesFor<R>::Type;
-  using S = ScalarLanes<R>;
-  int64_t i = 0;
-  for (; i + L::kLanes <= n; i += L::kLanes) L::Store(dst + i, L::Load(src + i));
-  for (; i < n; ++i) S::Store(dst + i, S::Load(src + i));
-}
-
-template <class R, class T>
-inline void NarrowTo(const R* src, int64_t n, T* dst) {
+// dst[0..n) = src[0..n) by way of R; one of the two is R.
+template <class R, class From, class To>
+inline void ConvertEach(const From* src, int64_t n, To* dst) {
   using L = typename LanesFor<R>::Type;
   using S = ScalarLanes<R>;
   int64_t i = 0;
@@ -42,38 +34,27 @@ inline void NarrowTo(const R* src, int64_t n, T* dst) {
 }
 
 // dst[0..n) = in[begin..begin+n) in the compute dtype; zeros where there is no tensor.
-inline void Widen(const Input& in, int64_t begin, int64_t n, float* dst) {
+template <class R>
+inline void Widen(const Input& in, int64_t begin, int64_t n, R* dst) {
   if (!in.data) {
-    memset(dst, 0, static_cast<size_t>(n) * sizeof(float));
-  } else if (in.dtype == DType::kF32) {
-    memcpy(dst, At<float>(in, begin), static_cast<size_t>(n) * sizeof(float));
+    memset(dst, 0, static_cast<size_t>(n) * sizeof(R));
   } else if (in.dtype == DType::kBF16) {
-    WidenFrom(At<Bf16>(in, begin), n, dst);
-  } else {
-    WidenFrom(At<F16>(in, begin), n, dst);
-  }
-}
-
-inline void Widen(const Input& in, int64_t begin, int64_t n, double* dst) {
-  if (!in.data) {
-    memset(dst, 0, static_cast<size_t>(n) * sizeof(double));
-  } else if (in.dtype == DType::kF32) {
-    for (int64_t i = 0; i < n; ++i) dst[i] = At<float>(in, begin)[i];
-  } else if (in.dtype == DType::kBF16) {
-    WidenFrom(At<Bf16>(in, begin), n, dst);
+    ConvertEach<R>(At<Bf16>(in, begin), n, dst);
   } else if (in.dtype == DType::kF16) {
-    WidenFrom(At<F16>(in, begin), n, dst);
-  } else {
-    memcpy(dst, At<double>(in, begin), static_cast<size_t>(n) * sizeof(double));
+    ConvertEach<R>(At<F16>(in, begin), n, dst);
+  } else if (in.dtype == DType::kF32) {
+    ConvertEach<R>(At<float>(in, begin), n, dst);
+  } else if constexpr (sizeof(R) == sizeof(double)) {
+    ConvertEach<R>(At<double>(in, begin), n, dst);
   }
 }
 
 template <class R>
 inline void Narrow(const R* src, int64_t begin, int64_t n, const Output& out) {
   switch (out.dtype) {
-    case DType::kF32: return NarrowTo(src, n, static_cast<float*>(out.data) + begin);
-    case DType::kBF16: return NarrowTo(src, n, static_cast<Bf16*>(out.data) + begin);
-    case DType::kF16: return NarrowTo(src, n, static_cast<F16*>(out.data) + begin);
+    case DType::kF32: return ConvertEach<R>(src, n, static_cast<float*>(out.data) + begin);
+    case DType::kBF16: return ConvertEach<R>(src, n, static_cast<Bf16*>(out.data) + begin);
+    case DType::kF16: return ConvertEach<R>(src, n, static_cast<F16*>(out.data) + begin);
     case DType::kF64: break;
   }
   for (int64_t i = 0; i < n; ++i) Convert(src[i], static_cast<double*>(out.data) + begin + i);
