@@ -17,14 +17,14 @@ MACHINE = platform.machine().lower()
 X86 = MACHINE in ("x86_64", "amd64")
 
 # Flags beyond the architecture's baseline, by file. No -mfma: the arithmetic has no fused multiply-add (docs/arithmetic.md).
-AVX2 = ["-mavx2", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt"]
+AVX2 = ["-mavx2", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
 TARGET_FLAGS = {
     "avx2.cpp": AVX2,
     "avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
 COMMON = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# GCC 12 finds its own AVX-512 headers' deliberately undefined registers; -Wpsabi is about calls between files.
-COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]
+# GCC 12 finds its own AVX-512 headers' deliberately undefined registers.
+COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 

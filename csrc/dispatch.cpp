@@ -3,6 +3,10 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace pymerge {
 
 #if defined(__x86_64__)
@@ -14,13 +18,21 @@ extern const Kernels kScalarKernels;
 
 namespace {
 
+#if defined(__x86_64__)
+// Asked of the CPU itself: Clang's __builtin_cpu_supports does not know the name.
+bool HasF16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // Slowest first. The checks include what the operating system saves on a context switch.
 std::vector<const Kernels*> Usable() {
   std::vector<const Kernels*> usable = {&kScalarKernels};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                    __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("f16c");
+                    __builtin_cpu_supports("popcnt") && HasF16c();
   if (avx2) usable.push_back(&kAvx2Kernels);
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {

@@ -13,21 +13,37 @@ constexpr int kSumLanes = 64;
 typedef float EightFloats __attribute__((vector_size(32)));
 typedef double EightDoubles __attribute__((vector_size(64)));
 
-inline EightDoubles LoadEight(const double* p) {
-  EightDoubles v;
-  memcpy(&v, p, sizeof(v));
-  return v;
-}
+// By pointer: how such a vector is returned depends on the target.
+inline void LoadEight(const double* p, EightDoubles* v) { memcpy(v, p, sizeof(*v)); }
 
-inline EightDoubles LoadEight(const float* p) {
-  EightFloats v;
-  memcpy(&v, p, sizeof(v));
-  return __builtin_convertvector(v, EightDoubles);
+inline void LoadEight(const float* p, EightDoubles* v) {
+  EightFloats narrow;
+  memcpy(&narrow, p, sizeof(narrow));
+  *v = __builtin_convertvector(narrow, EightDoubles);
 }
 
 // Lane j holds the terms of index j mod 64, added in order.
 struct BlockSum {
   EightDoubles eight[kSumLanes / 8] = {};
+
+  template <class R>
+  void Add(const R* row) {
+    for (int j = 0; j < kSumLanes / 8; ++j) {
+      EightDoubles v;
+      LoadEight(row + 8 * j, &v);
+      eight[j] += v;
+    }
+  }
+
+  template <class R>
+  void AddProducts(const R* row, const R* other) {
+    for (int j = 0; j < kSumLanes / 8; ++j) {
+      EightDoubles u, v;
+      LoadEight(row + 8 * j, &u);
+      LoadEight(other + 8 * j, &v);
+      eight[j] += u * v;
+    }
+  }
 
   double Fold() {
     double lane[kSumLanes];
@@ -75,8 +91,8 @@ void AbsSumsRange(const MergeJob& job, int model, int64_t begin, int64_t end, do
     KeptPart(job, model, first, padded, magnitude, part);
     BlockSum all, some;
     for (int64_t row = 0; row < padded; row += kSumLanes) {
-      for (int j = 0; j < kSumLanes / 8; ++j) all.eight[j] += LoadEight(magnitude + row + 8 * j);
-      for (int j = 0; j < kSumLanes / 8; ++j) some.eight[j] += LoadEight(part + row + 8 * j);
+      all.Add(magnitude + row);
+      some.Add(part + row);
     }
     full[first / kSumBlock] = all.Fold();
     kept[first / kSumBlock] = some.Fold();
@@ -94,12 +110,9 @@ void DotsRange(const Input& a, const Input& b, int64_t begin, int64_t end, doubl
     for (int64_t i = n; i < padded; ++i) x[i] = y[i] = R(0);
     BlockSum aa, bb, ab;
     for (int64_t row = 0; row < padded; row += kSumLanes) {
-      for (int j = 0; j < kSumLanes / 8; ++j) {
-        const EightDoubles u = LoadEight(x + row + 8 * j), v = LoadEight(y + row + 8 * j);
-        aa.eight[j] += u * u;
-        bb.eight[j] += v * v;
-        ab.eight[j] += u * v;
-      }
+      aa.AddProducts(x + row, x + row);
+      bb.AddProducts(y + row, y + row);
+      ab.AddProducts(x + row, y + row);
     }
     double* sum = sums + 3 * (first / kSumBlock);
     sum[0] = aa.Fold();
