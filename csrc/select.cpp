@@ -22,7 +22,7 @@
 namespace pymerge {
 namespace {
 
-constexpr int64_t kSmall = 1 << 15;  // up to here all keys are collected
+constexpr int64_t kSmall = 1 << 12;  // up to here all keys are sorted out, without a sample
 constexpr int kRun = 16;             // sampled elements come in runs of one or two cache lines
 constexpr int kDigit = 11;           // bits of a histogram's digit
 
@@ -164,7 +164,7 @@ class Selector {
 
   // A bracket that almost surely holds the k-th largest key, from a sample in runs at hashed positions.
   Bracket Guess(int model) const {
-    const int64_t runs = std::clamp<int64_t>(n_ / 64 / kRun, 256, 8192), stride = n_ / runs;
+    const int64_t runs = std::clamp<int64_t>(n_ / 64 / kRun, 32, 8192), stride = n_ / runs;
     std::vector<Key> sample(static_cast<size_t>(runs * kRun));
     size_t c = 0, used = 0;
     uint64_t hash = 0x9E3779B97F4A7C15u;

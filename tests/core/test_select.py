@@ -10,7 +10,7 @@ from pymerge.spec import MergeSpec
 from .conftest import HOSTILE
 
 # Below and above the size from which only a sample is sorted, not multiples of anything.
-LENGTHS = (1, 2, 31, 5000, 32768, 32769, 100_003)
+LENGTHS = (1, 2, 31, 4096, 4097, 33_333, 100_003)
 
 
 def check(bases, models, counts):
