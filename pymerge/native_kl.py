@@ -54,7 +54,5 @@ def backward(
         out = torch.empty_like(teacher if of_teacher else student)
     options = _options(kind, beta, temperature)
     addresses = (_address(weight), _address(stats), _address(grad))
-    _core.kl_backward(
-        rows, vocab, _arg(student), _arg(teacher), options, *addresses, of_teacher, _arg(out), torch.get_num_threads()
-    )
+    _core.kl_backward(rows, vocab, _arg(student), _arg(teacher), options, *addresses, of_teacher, _arg(out), torch.get_num_threads())
     return out

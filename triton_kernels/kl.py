@@ -117,6 +117,9 @@ def forward_kernel(
             mean_a += tl.sum(tl.exp(u) * _log_ratio_to_mixture(u, v, w_a, w_b), 0)
             mean_b += tl.sum(tl.exp(v) * _log_ratio_to_mixture(v, u, w_b, w_a), 0)
         divergence = w_a * mean_a + w_b * mean_b
+        # NaN in one model's logits spoils both gradients, though the ratio, finite as it is, shows it in one sum only.
+        mean_a = tl.where(divergence == divergence, mean_a, divergence)
+        mean_b = tl.where(divergence == divergence, mean_b, divergence)
     divergence = tl.where(divergence < 0, 0.0, divergence)  # rounding can leave it a little below
     masked = row_weight == 0
     tl.store(loss + row, tl.where(masked, 0.0, row_weight * divergence))

@@ -200,9 +200,11 @@ inline double ForwardRow(const KlJob& job, int64_t begin, KlStats* stats) {
   // The mixture needs both normalisers, so it takes the row, now in the second-level cache, a second time.
   double kl_student, kl_teacher;
   MixtureSums<Lanes>(job, begin, *stats, &kl_student, &kl_teacher);
-  stats->student_mean = static_cast<float>(kl_student);
-  stats->teacher_mean = static_cast<float>(kl_teacher);
-  return NotNegative(job.beta * kl_teacher + (1.0 - job.beta) * kl_student);
+  const double jsd = job.beta * kl_teacher + (1.0 - job.beta) * kl_student;
+  // NaN in one model's logits spoils both gradients, though LogRatioToMixture, finite as it is, shows it in one sum only.
+  stats->student_mean = static_cast<float>(jsd == jsd ? kl_student : jsd);
+  stats->teacher_mean = static_cast<float>(jsd == jsd ? kl_teacher : jsd);
+  return NotNegative(jsd);
 }
 
 void KlForward(const KlJob& job, int64_t begin, int64_t end) {
