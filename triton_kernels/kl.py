@@ -44,17 +44,18 @@ def _log1p(y):
 
 
 @triton.jit
-def _log_ratio_to_mixture(log_a, log_b, w_a, w_b):
-    """log a - log m for m = w_a a + w_b b: -log(1 + w_b (e^d - 1)), d = log b - log a, with exchanged roles where d > 0.
+def _ratios_to_mixture(log_a, log_b, w_a, w_b):
+    """log a - log m and log b - log m for m = w_a a + w_b b.
 
-    Finite also where a is 0, and where both are and d is NaN.
+    With d = log b - log a <= 0, log m = log a + log(1 + w_b (e^d - 1)); where d > 0, the roles are exchanged. Always finite, also where a
+    probability is 0, and where both are and d is NaN.
     """
     d = log_b - log_a
     b_larger = d > 0
     distance = tl.where(b_larger, -d, d)
     distance = tl.where(distance > -86.0, distance, -86.0)
     log = _log1p(tl.where(b_larger, w_a, w_b) * _expm1(distance))
-    return tl.where(b_larger, distance, 0.0) - log
+    return tl.where(b_larger, distance, 0.0) - log, tl.where(b_larger, 0.0, distance) - log
 
 
 @triton.jit
@@ -114,8 +115,9 @@ def forward_kernel(
             y = tl.load(b + first + lane, mask=inside, other=-_INF).to(tl.float32)
             u = _scaled(x, max_a, inverse_temperature) - log_a
             v = _scaled(y, max_b, inverse_temperature) - log_b
-            mean_a += tl.sum(tl.exp(u) * _log_ratio_to_mixture(u, v, w_a, w_b), 0)
-            mean_b += tl.sum(tl.exp(v) * _log_ratio_to_mixture(v, u, w_b, w_a), 0)
+            ratio_a, ratio_b = _ratios_to_mixture(u, v, w_a, w_b)
+            mean_a += tl.sum(tl.exp(u) * ratio_a, 0)
+            mean_b += tl.sum(tl.exp(v) * ratio_b, 0)
         divergence = w_a * mean_a + w_b * mean_b
         # NaN in one model's logits spoils both gradients, though the ratio, finite as it is, shows it in one sum only.
         mean_a = tl.where(divergence == divergence, mean_a, divergence)
@@ -162,7 +164,7 @@ def backward_kernel(
     elif SHAPE == "centred":
         d = tl.where(p == 0, 0.0, p * (log_a - log_b - mean) * factor)
     else:
-        ratio = _log_ratio_to_mixture(log_a, log_b, w_own, w_other)
+        ratio, _ = _ratios_to_mixture(log_a, log_b, w_own, w_other)
         d = tl.where(p == 0, 0.0, p * (ratio - mean) * (factor * w_own))
     d = tl.where(masked, 0.0, d)
     if _INTERPRETED and out.dtype.element_ty == tl.bfloat16:
@@ -180,10 +182,11 @@ def forward(
     stats = torch.empty(rows, 6, dtype=torch.float32, device=student.device)
     if rows:
         a, b = (teacher, student) if kind == "forward" else (student, teacher)
-        forward_kernel[(rows,)](
-            a, b, loss if weight is None else weight, loss, stats, vocab, 1.0 / temperature, 1.0 - beta, beta,
-            KIND=_KIND[kind], WEIGHTED=weight is not None, BLOCK=_block(vocab), num_warps=NUM_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(student):  # Triton launches on the current device
+            forward_kernel[(rows,)](
+                a, b, loss if weight is None else weight, loss, stats, vocab, 1.0 / temperature, 1.0 - beta, beta,
+                KIND=_KIND[kind], WEIGHTED=weight is not None, BLOCK=_block(vocab), num_warps=NUM_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
     return loss, stats
 
 
@@ -207,10 +210,11 @@ def backward(
     if rows:
         shape = "mixture" if kind == "jsd" else "centred" if (kind == "reverse") != of_teacher else "difference"
         block = _block(vocab)
-        backward_kernel[(rows, triton.cdiv(vocab, block))](
-            own, other, grad if weight is None else weight, stats, grad, out, vocab, 1.0 / temperature, w_own, 1.0 - w_own,
-            SHAPE=shape, OF_TEACHER=of_teacher, WEIGHTED=weight is not None, BLOCK=block, num_warps=NUM_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(student):
+            backward_kernel[(rows, triton.cdiv(vocab, block))](
+                own, other, grad if weight is None else weight, stats, grad, out, vocab, 1.0 / temperature, w_own, 1.0 - w_own,
+                SHAPE=shape, OF_TEACHER=of_teacher, WEIGHTED=weight is not None, BLOCK=block, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
     return out
 
 

@@ -131,20 +131,25 @@ struct LogSoftmax {
   typename L::Vec operator()(const float* x) const { return L::Sub(Difference(x), log); }
 };
 
-// Of an entry with log probabilities a and b, mixture m = (1 - w) a + w b: log a - log m. With d = log b - log a that is
-// -log(1 + w (e^d - 1)); where d > 0, the same with the roles exchanged, so that no exponential overflows. Finite where b is not 0.
+// log a - log m and log b - log m of an entry with log probabilities a and b and mixture m = w_a a + w_b b.
 template <class L>
-inline typename L::Vec LogRatioToMixture(typename L::Vec log_a, typename L::Vec log_b, typename L::Vec w_a, typename L::Vec w_b) {
-  const auto d = L::Sub(log_b, log_a), minus_d = L::Sub(log_a, log_b);
+struct LogRatios {
+  typename L::Vec a, b;
+};
+
+// With d = log b - log a <= 0, log m = log a + log(1 + w_b (e^d - 1)); where d > 0, the roles are exchanged, so that no exponential
+// overflows. Always finite, also where a probability is 0: such an entry's weight is 0, and its factor must not be infinite.
+template <class L>
+inline LogRatios<L> RatiosToMixture(typename L::Vec log_a, typename L::Vec log_b, typename L::Vec w_a, typename L::Vec w_b) {
+  const auto d = L::Sub(log_b, log_a);
   const auto b_larger = L::Positive(d);
-  // -|d|; where both are -inf and d is NaN, as where it is far away: the entry's weight is 0 and its factor has to be finite.
-  const auto far = L::Set(kExpFloor);
-  const auto distance = L::Larger(L::Blend(b_larger, minus_d, d), far);
+  // -|d|, cut where the smaller probability is nothing beside the larger; d is NaN where both are 0, and cut too.
+  const auto distance = L::Larger(L::Blend(b_larger, L::Sub(log_a, log_b), d), L::Set(kExpFloor));
   const auto log = Log1p<L>(L::Mul(L::Blend(b_larger, w_a, w_b), ExpM1<L>(distance)));
-  return L::Sub(L::Where(b_larger, distance), log);
+  return {L::Sub(L::Where(b_larger, distance), log), L::Sub(L::Where(L::Not(b_larger), distance), log)};
 }
 
-// E_a[log a - log m] and E_b[log b - log m], over a row whose softmaxes are known.
+// E_q[log q - log m] and E_p[log p - log m] of a row whose softmaxes are known.
 template <class L>
 inline void MixtureSums(const KlJob& job, int64_t begin, const KlStats& s, double* student, double* teacher) {
   alignas(64) float x[kKlBlock], y[kKlBlock];
@@ -160,10 +165,9 @@ inline void MixtureSums(const KlJob& job, int64_t begin, const KlStats& s, doubl
     for (int64_t i = 0; i < padded; i += kKlLanes) {
       for (int j = 0; j < LaneSum<L>::kRegisters; ++j) {
         const auto log_q = student_log(x + i + j * L::kLanes), log_p = teacher_log(y + i + j * L::kLanes);
-        const auto q_to_m = LogRatioToMixture<L>(log_q, log_p, w_student, w_teacher);
-        const auto p_to_m = LogRatioToMixture<L>(log_p, log_q, w_teacher, w_student);
-        sum_student.Add(j, L::Mul(ExpOrZero<L>(log_q), q_to_m));
-        sum_teacher.Add(j, L::Mul(ExpOrZero<L>(log_p), p_to_m));
+        const auto to_m = RatiosToMixture<L>(log_q, log_p, w_student, w_teacher);
+        sum_student.Add(j, L::Mul(ExpOrZero<L>(log_q), to_m.a));
+        sum_teacher.Add(j, L::Mul(ExpOrZero<L>(log_p), to_m.b));
       }
     }
     *student += sum_student.Fold();
@@ -201,7 +205,7 @@ inline double ForwardRow(const KlJob& job, int64_t begin, KlStats* stats) {
   double kl_student, kl_teacher;
   MixtureSums<Lanes>(job, begin, *stats, &kl_student, &kl_teacher);
   const double jsd = job.beta * kl_teacher + (1.0 - job.beta) * kl_student;
-  // NaN in one model's logits spoils both gradients, though LogRatioToMixture, finite as it is, shows it in one sum only.
+  // NaN in one model's logits spoils both gradients, though RatiosToMixture, finite as it is, shows it in one sum only.
   stats->student_mean = static_cast<float>(jsd == jsd ? kl_student : jsd);
   stats->teacher_mean = static_cast<float>(jsd == jsd ? kl_teacher : jsd);
   return NotNegative(jsd);
@@ -249,7 +253,7 @@ inline void BackwardRow(const KlJob& job, int64_t begin, const KlStats& s, doubl
       if (kShape == Gradient::kDifference) {
         g = L::Mul(L::Sub(a, ExpOrZero<L>(log_b)), factor);
       } else {
-        const auto ratio = kShape == Gradient::kMixture ? LogRatioToMixture<L>(log_a, log_b, w_own, w_other) : L::Sub(log_a, log_b);
+        const auto ratio = kShape == Gradient::kMixture ? RatiosToMixture<L>(log_a, log_b, w_own, w_other).a : L::Sub(log_a, log_b);
         // Where the probability is 0 the ratio may be infinite or NaN, and the gradient is 0.
         g = L::Blend(L::IsZero(a), L::Zero(), L::Mul(L::Mul(a, L::Sub(ratio, mean)), factor));
       }

@@ -88,6 +88,14 @@ def test_strided_logits_and_gradients():
     assert gradient.shape == cut.shape and gradient.isfinite().all()
 
 
+def test_forward_operator_alone_has_gradients_too():
+    student, teacher = logits(3, 10)
+    loss, stats = torch.ops.pymerge.kl_divergence_forward(student.requires_grad_(), teacher, "reverse")
+    assert not stats.requires_grad
+    (got,) = torch.autograd.grad(loss.sum(), student)
+    assert torch.equal(got, torch.ops.pymerge.kl_divergence_backward(student, teacher, stats, torch.ones(3), "reverse"))
+
+
 def test_only_what_is_asked_for_is_differentiated():
     student, teacher = logits(3, 10)
     assert not OP(student, teacher, "forward").requires_grad
