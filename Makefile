@@ -46,7 +46,7 @@ SANITIZED := build/sanitize
 SANITIZER_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 sanitize: $(VENV)/.dev $(SANITIZED)/.built  ## the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, gcc)
 	LD_PRELOAD="$(strip $(SANITIZER_LIBRARIES))" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYMERGE_NATIVE_DIR=$(CURDIR)/$(SANITIZED)/pymerge PYTHONPATH=$(CURDIR) $(PYTEST) tests/core -m "not slow" $(ARGS)
+	PYMERGE_NATIVE_DIR=$(CURDIR)/$(SANITIZED)/pymerge PYTHONPATH=$(CURDIR) $(PYTEST) tests/core tests/kl/test_kernels.py -m "not slow" $(ARGS)
 
 # Needs aarch64-linux-gnu-g++ and qemu-aarch64-static (Debian: g++-aarch64-linux-gnu, qemu-user-static); on an arm64 machine `make test`
 # does more.

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "kl.h"
 #include "merge.h"
 #include "select.h"
 
@@ -111,6 +112,41 @@ std::tuple<double, double, double> PyDots(int64_t n, bool f64, const TensorArg& 
   return {sums[0], sums[1], sums[2]};
 }
 
+// `options`: see pymerge.native_kl._options. Addresses of fp32 arrays; weight may be 0.
+KlJob ToKlJob(int64_t rows, int64_t vocab, const TensorArg& student, const TensorArg& teacher, const py::dict& options, uintptr_t weight,
+              uintptr_t stats) {
+  KlJob job;
+  job.rows = rows;
+  job.vocab = vocab;
+  job.student = ToInput(student);
+  job.teacher = ToInput(teacher);
+  if (job.student.dtype == DType::kF64 || job.teacher.dtype == DType::kF64) throw std::invalid_argument("fp64 logits");
+  job.kind = static_cast<KlKind>(options["kind"].cast<int>());
+  job.beta = options["beta"].cast<double>();
+  job.temperature = options["temperature"].cast<double>();
+  job.weight = reinterpret_cast<const float*>(weight);
+  job.stats = reinterpret_cast<KlStats*>(stats);
+  return job;
+}
+
+void PyKlForward(int64_t rows, int64_t vocab, const TensorArg& student, const TensorArg& teacher, const py::dict& options,
+                 uintptr_t weight, uintptr_t stats, uintptr_t loss, int threads) {
+  KlJob job = ToKlJob(rows, vocab, student, teacher, options, weight, stats);
+  job.loss = reinterpret_cast<float*>(loss);
+  py::gil_scoped_release release;
+  KlForwardRows(job, threads);
+}
+
+void PyKlBackward(int64_t rows, int64_t vocab, const TensorArg& student, const TensorArg& teacher, const py::dict& options,
+                  uintptr_t weight, uintptr_t stats, uintptr_t grad, bool of_teacher, const TensorArg& out, int threads) {
+  KlJob job = ToKlJob(rows, vocab, student, teacher, options, weight, stats);
+  job.grad = reinterpret_cast<const float*>(grad);
+  job.of_teacher = of_teacher;
+  job.out = ToOutput(out);
+  py::gil_scoped_release release;
+  KlBackwardRows(job, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -120,6 +156,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("select", &PySelect);
   m.def("lerp", &PyLerp, py::call_guard<py::gil_scoped_release>());
   m.def("dots", &PyDots, py::call_guard<py::gil_scoped_release>());
+  m.def("kl_forward", &PyKlForward);
+  m.def("kl_backward", &PyKlBackward);
   m.def("available_isas", &AvailableTargets);
   m.def("current_isa", [] { return std::string(CurrentKernels().name); });
   m.def("use_isa", &SelectTarget);

@@ -79,7 +79,31 @@ struct LerpJob {
   bool stream = false;
 };
 
-// Entry points of one target. Ranges [begin, end) are element indices; begin is a multiple of kChunk.
+enum class KlKind : int { kForward, kReverse, kJsd };
+
+// What a backward pass has to know about a row: softmax = exp((logit - max) / temperature - log).
+struct KlStats {
+  float student_max, student_log;
+  float teacher_max, teacher_log;
+  float student_mean, teacher_mean;  // E_q of log q - log p or log m, and E_p of log p - log q or log m, where a gradient needs it, else 0
+};
+
+// Rows of `vocab` logits; q is the student's distribution, p the teacher's (docs/kl.md).
+struct KlJob {
+  int64_t rows = 0, vocab = 0;
+  Input student, teacher;  // not fp64
+  KlKind kind = KlKind::kForward;
+  double beta = 0.5;
+  double temperature = 1.0;
+  const float* weight = nullptr;  // of each row; nullptr: ones. Rows of weight 0 are not read
+  KlStats* stats = nullptr;       // written by the forward pass, read by the backward one
+  float* loss = nullptr;          // forward: a number per row
+  const float* grad = nullptr;    // backward: the derivative with respect to each row's loss
+  bool of_teacher = false;        // backward: the teacher's gradient, not the student's
+  Output out;                     // backward: may be the logits that the gradient belongs to
+};
+
+// Entry points of one target. Ranges [begin, end) are element indices, unless rows; begin is a multiple of kChunk.
 struct Kernels {
   const char* name;
   // Merges a range; false if some delta of it is not finite.
@@ -96,6 +120,9 @@ struct Kernels {
   void (*dots)(const Input& a, const Input& b, bool f64, int64_t begin, int64_t end, double* sums);
   // Interpolates a range; false if some difference of it is not finite.
   bool (*lerp)(const LerpJob&, int64_t begin, int64_t end);
+  // Divergences, or their gradients, of rows [begin, end).
+  void (*kl_forward)(const KlJob&, int64_t begin, int64_t end);
+  void (*kl_backward)(const KlJob&, int64_t begin, int64_t end);
 };
 
 }  // namespace pymerge

@@ -1,6 +1,7 @@
 // The kernels of the target that includes this file.
 #pragma once
 
+#include "kernels/kl-inl.h"
 #include "kernels/lerp-inl.h"
 #include "kernels/merge-inl.h"
 #include "kernels/reduce-inl.h"
@@ -9,7 +10,9 @@
 namespace pymerge {
 namespace PYMERGE_TARGET {
 
-inline constexpr Kernels MakeTable(const char* name) { return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp}; }
+inline constexpr Kernels MakeTable(const char* name) {
+  return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp, KlForward, KlBackward};
+}
 
 }  // namespace PYMERGE_TARGET
 }  // namespace pymerge

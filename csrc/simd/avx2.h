@@ -51,6 +51,16 @@ struct Lanes {
   static Vec Sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
   static Vec Mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec Div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+  static Vec Larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static Mask Below(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+  static Vec PowerOfTwo(Vec shifted) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3F800000)));
+  }
+  static Vec SplitPower(Vec v, Vec* exponent) {
+    const Keys u = _mm256_castps_si256(v), k = _mm256_srai_epi32(_mm256_sub_epi32(u, _mm256_set1_epi32(0x3F3504F3)), 23);
+    *exponent = _mm256_cvtepi32_ps(k);
+    return _mm256_castsi256_ps(_mm256_sub_epi32(u, _mm256_slli_epi32(k, 23)));
+  }
   static Keys KeysOf(Vec v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF)); }
   static Keys SetKey(Key k) { return _mm256_set1_epi32(k); }
   static Keys Max(Keys a, Keys b) { return _mm256_max_epi32(a, b); }

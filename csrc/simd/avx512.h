@@ -37,6 +37,16 @@ struct Lanes {
   static Vec Sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
   static Vec Mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec Div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+  static Vec Larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static Mask Below(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static Vec PowerOfTwo(Vec shifted) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23), _mm512_set1_epi32(0x3F800000)));
+  }
+  static Vec SplitPower(Vec v, Vec* exponent) {
+    const Keys u = _mm512_castps_si512(v), k = _mm512_srai_epi32(_mm512_sub_epi32(u, _mm512_set1_epi32(0x3F3504F3)), 23);
+    *exponent = _mm512_cvtepi32_ps(k);
+    return _mm512_castsi512_ps(_mm512_sub_epi32(u, _mm512_slli_epi32(k, 23)));
+  }
   static Keys KeysOf(Vec v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)); }
   static Keys SetKey(Key k) { return _mm512_set1_epi32(k); }
   static Keys Max(Keys a, Keys b) { return _mm512_max_epi32(a, b); }

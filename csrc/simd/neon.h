@@ -39,6 +39,16 @@ struct Lanes {
   static Vec Sub(Vec a, Vec b) { return vsubq_f32(a, b); }
   static Vec Mul(Vec a, Vec b) { return vmulq_f32(a, b); }
   static Vec Div(Vec a, Vec b) { return vdivq_f32(a, b); }
+  static Vec Larger(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static Mask Below(Vec a, Vec b) { return vcltq_f32(a, b); }
+  static Vec PowerOfTwo(Vec shifted) {
+    return vreinterpretq_f32_s32(vaddq_s32(vshlq_n_s32(vreinterpretq_s32_f32(shifted), 23), vdupq_n_s32(0x3F800000)));
+  }
+  static Vec SplitPower(Vec v, Vec* exponent) {
+    const Keys u = vreinterpretq_s32_f32(v), k = vshrq_n_s32(vsubq_s32(u, vdupq_n_s32(0x3F3504F3)), 23);
+    *exponent = vcvtq_f32_s32(k);
+    return vreinterpretq_f32_s32(vsubq_s32(u, vshlq_n_s32(k, 23)));
+  }
   static Keys KeysOf(Vec v) { return vandq_s32(vreinterpretq_s32_f32(v), vdupq_n_s32(0x7FFFFFFF)); }
   static Keys SetKey(Key k) { return vdupq_n_s32(k); }
   static Keys Max(Keys a, Keys b) { return vmaxq_s32(a, b); }

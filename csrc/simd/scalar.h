@@ -118,6 +118,18 @@ struct ScalarLanes {
   static Vec Sub(Vec a, Vec b) { return a - b; }
   static Vec Mul(Vec a, Vec b) { return a * b; }
   static Vec Div(Vec a, Vec b) { return a / b; }
+  // b where either is NaN.
+  static Vec Larger(Vec a, Vec b) { return a > b ? a : b; }
+  static Mask Below(Vec a, Vec b) { return a < b; }
+  // fp32 only: 2^n, -126 <= n <= 127, from n + 1.5 * 2^23, whose low bits are n.
+  static Vec PowerOfTwo(Vec shifted) { return BitCast<Vec>((BitCast<uint32_t>(shifted) << 23) + 0x3F800000u); }
+  // fp32 only: v = result * 2^exponent, sqrt(1/2) <= result < sqrt(2); v is positive, normal and finite, any result otherwise.
+  static Vec SplitPower(Vec v, Vec* exponent) {
+    const uint32_t u = BitCast<uint32_t>(v);
+    const int32_t k = static_cast<int32_t>(u - 0x3F3504F3u) >> 23;
+    *exponent = static_cast<Vec>(k);
+    return BitCast<Vec>(u - (static_cast<uint32_t>(k) << 23));
+  }
   static Keys KeysOf(Vec v) { return BitCast<Key>(v) & KeyOf<R>::kMax; }
   static Keys SetKey(Key k) { return k; }
   static Keys Max(Keys a, Keys b) { return a > b ? a : b; }

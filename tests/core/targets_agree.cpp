@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "kl.h"
 #include "merge.h"
 #include "select.h"
 
@@ -106,6 +107,41 @@ std::vector<unsigned char> RunJob(uint64_t seed, const std::string& target) {
   return result;
 }
 
+// The same of a random divergence: losses, statistics, and a gradient.
+std::vector<unsigned char> RunKlJob(uint64_t seed, const std::string& target) {
+  SelectTarget(target);
+  rng.seed(seed);
+  KlJob job;
+  job.rows = Pick(1, 4);
+  job.vocab = Pick(0, 3) ? Pick(1, 2500) : Pick(1, 40);
+  const int64_t n = job.rows * job.vocab;
+  job.student.dtype = static_cast<DType>(Pick(0, 2));
+  job.teacher.dtype = static_cast<DType>(Pick(0, 2));
+  const std::vector<unsigned char> student = RandomTensor(n, job.student.dtype), teacher = RandomTensor(n, job.teacher.dtype);
+  job.student.data = student.data();
+  job.teacher.data = teacher.data();
+  job.kind = static_cast<KlKind>(Pick(0, 2));
+  job.beta = 0.3;
+  job.temperature = static_cast<double>(Pick(1, 9)) / 3;
+  const float weight[] = {1.0f, 0.0f, 0.5f, 2.0f}, grad[] = {1.0f, -1.0f, 0.3f, 3.0f};
+  KlStats stats[4] = {};
+  float loss[4] = {};
+  if (Pick(0, 1)) job.weight = weight;
+  job.stats = stats;
+  job.loss = loss;
+  KlForwardRows(job, 2);
+  job.grad = grad;
+  job.of_teacher = Pick(0, 1);
+  job.out.dtype = job.of_teacher ? job.teacher.dtype : job.student.dtype;
+  std::vector<unsigned char> result(static_cast<size_t>(n * SizeOf(job.out.dtype)));
+  job.out.data = result.data();
+  KlBackwardRows(job, 2);
+  for (const auto& [p, size] : {std::pair<const void*, size_t>{stats, sizeof(stats)}, {loss, sizeof(loss)}}) {
+    result.insert(result.end(), static_cast<const unsigned char*>(p), static_cast<const unsigned char*>(p) + size);
+  }
+  return result;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -113,7 +149,9 @@ int main(int argc, char** argv) {
   int failed = 0;
   for (const std::string& target : AvailableTargets()) {
     int wrong = 0;
-    for (int seed = 0; seed < jobs; ++seed) wrong += RunJob(seed, target) != RunJob(seed, "scalar");
+    for (int seed = 0; seed < jobs; ++seed) {
+      wrong += RunJob(seed, target) != RunJob(seed, "scalar") || RunKlJob(seed, target) != RunKlJob(seed, "scalar");
+    }
     printf("%s: %d jobs, %d differ from scalar\n", target.c_str(), jobs, wrong);
     failed += wrong;
   }
