@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -32,13 +33,13 @@ WIDENED = tuple(
 # --------------------------------------------------------------------------------------------------------------------------------------
 # Backends
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 _forced: ContextVar[str | None] = ContextVar("pymerge_backend", default=None)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one backend inside a ``with`` block: ``"native"`` (C++, CPU tensors) or ``"reference"`` (torch, any device).
+    """Force one backend inside a ``with`` block: ``"native"`` (C++, CPU tensors), ``"triton"`` (GPU tensors) or ``"reference"`` (torch).
 
     The environment variable PYMERGE_BACKEND does the same for a process. A backend that cannot take the inputs is an error.
     """
@@ -55,12 +56,17 @@ def _checked(name: str) -> str:
     return name
 
 
-def _backend_for(device: torch.device) -> ModuleType:
-    name = _forced.get() or os.environ.get("PYMERGE_BACKEND")
-    if name is None:
-        name = "native" if device.type == "cpu" else "reference"
-    if _checked(name) == "reference":
-        return reference
+@cache
+def _triton_problem() -> str:
+    """Why the Triton backend cannot be used here, or an empty string."""
+    try:
+        from . import triton_backend  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def _native(device: torch.device) -> ModuleType:
     if device.type != "cpu":
         raise ValueError(f"backend 'native' takes CPU tensors; these are on {device}")
     from . import native
@@ -68,12 +74,37 @@ def _backend_for(device: torch.device) -> ModuleType:
     return native
 
 
+def _triton(device: torch.device) -> ModuleType:
+    if _triton_problem():
+        raise ValueError(f"backend 'triton' cannot be used: {_triton_problem()}")
+    from . import triton_backend
+
+    wanted = "cpu" if triton_backend.INTERPRETED else "cuda"  # ROCm's tensors are on "cuda" too
+    if device.type != wanted:
+        why = " under TRITON_INTERPRET=1" if triton_backend.INTERPRETED else "; CPU tensors need TRITON_INTERPRET=1, a slow way to test"
+        raise ValueError(f"backend 'triton' takes {wanted} tensors{why}; these are on {device}")
+    return triton_backend
+
+
+def _backend_for(device: torch.device) -> ModuleType:
+    name = _forced.get() or os.environ.get("PYMERGE_BACKEND")
+    if name is not None:
+        _checked(name)
+    elif device.type == "cpu":
+        name = "native"
+    else:
+        name = "triton" if device.type == "cuda" and not _triton_problem() else "reference"
+    if name == "reference":
+        return reference
+    return _triton(device) if name == "triton" else _native(device)
+
+
 def require_backend(device: torch.device) -> None:
     """Raise unless tensors on `device` can be merged under the environment's settings, before any work is done.
 
     Raises:
         ImportError: the C++ core cannot be loaded, or PYMERGE_ISA names an instruction set that is not there.
-        ValueError: PYMERGE_BACKEND names no backend, or one for other devices.
+        ValueError: PYMERGE_BACKEND names no backend, or one that is not installed or for other devices.
     """
     _backend_for(device)
 
@@ -177,7 +208,8 @@ def _target(like: Tensor, dtype: torch.dtype, out: Tensor | None, given: Sequenc
     if out is not None and out.is_contiguous() and dtype in COMPUTED:
         return out.detach().view(-1), True
     # fp8 is rounded afterwards, from the dtype of the arithmetic: once, also when that is fp64.
-    return torch.empty(like.numel(), dtype=dtype if dtype in COMPUTED else reference.compute_dtype(given)), False
+    wide = dtype if dtype in COMPUTED else reference.compute_dtype(given)
+    return torch.empty(like.numel(), dtype=wide, device=like.device), False
 
 
 def _finished(target: Tensor, shape: torch.Size, dtype: torch.dtype, out: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import BLOCK, CHUNK, Table, launch
+from .launch import CHUNK, Table, block_of, launch
 from .memory import load_wide, scalar, store_rounded
 from .sparsify import infinity_key, kept_by_chance, kept_by_magnitude, key_type, magnitude_key
 
@@ -111,18 +111,18 @@ def combine_kernel(
     """Merges a chunk, or with BALANCE_ONLY adds the balance of its votes to the row; sets the table's flag when a delta is not finite."""
     entry = table + chunks_at + 2 * tl.program_id(0).to(tl.int64)
     row = table + tl.load(entry)
-    start = tl.load(entry + 1)
+    start = tl.multiple_of(tl.load(entry + 1), BLOCK)
     n = tl.load(row)
     largest = tl.zeros([BLOCK], key_type(COMPUTE))
     balance = tl.zeros([BLOCK], tl.int32)
-    for at in range(start, tl.minimum(start + CHUNK, n), BLOCK):
-        first = tl.multiple_of(at, BLOCK)
+    for step in range(0, CHUNK, BLOCK):
+        first = start + step
         if first + BLOCK <= n:
             largest, balance = _combine_block(
                 row, first, n, largest, balance, MODELS, UNROLL, HAS_BASE, BASE, MODEL, OUT, COMPUTE, SPARSIFY, RESCALED, VOTE,
                 VOTE_WEIGHTED, ZERO_VOTE, DIVISOR, BALANCE_ONLY, ALIGNED, False, BLOCK,
             )  # fmt: skip
-        else:
+        elif first < n:
             largest, balance = _combine_block(
                 row, first, n, largest, balance, MODELS, UNROLL, HAS_BASE, BASE, MODEL, OUT, COMPUTE, SPARSIFY, RESCALED, VOTE,
                 VOTE_WEIGHTED, ZERO_VOTE, DIVISOR, BALANCE_ONLY, ALIGNED, True, BLOCK,
@@ -144,5 +144,5 @@ def combine(table: Table, *, balance_only: bool = False, **choices) -> None:
         launch(
             combine_kernel, group.chunks, table.words.device, table.words, group.chunks_at,
             UNROLL=models if models <= 8 else 4, HAS_BASE=base is not None, BASE=base or model, MODEL=model, OUT=out, COMPUTE=compute,
-            BALANCE_ONLY=balance_only, ALIGNED=is_aligned, CHUNK=CHUNK, BLOCK=BLOCK, **choices,
+            BALANCE_ONLY=balance_only, ALIGNED=is_aligned, CHUNK=CHUNK, BLOCK=block_of(compute), **choices,
         )  # fmt: skip

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from .compat import LAUNCH_OPTIONS
 
-__all__ = ["BLOCK", "CHUNK", "Finite", "Group", "Row", "Table", "aligned", "bits_of", "launch", "tl_dtype"]
+__all__ = ["BLOCK", "CHUNK", "Finite", "Group", "Row", "Table", "aligned", "bits_of", "block_of", "launch", "tl_dtype"]
 
 BLOCK = 1024  # elements at a time: 8 a thread, 16 bytes of a half type
-CHUNK = 16 * BLOCK
+CHUNK = 16 * BLOCK  # and of half of it where the arithmetic is fp64, whose registers are two
 HEADER = 2
 WORD_NOT_FINITE = 0
 
@@ -34,6 +34,11 @@ _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of a dtype."""
     return _TL[dtype]
+
+
+def block_of(compute: tl.dtype) -> int:
+    """Elements that a program works on at a time."""
+    return BLOCK // 2 if compute == tl.float64 else BLOCK
 
 
 def aligned(tensors: Sequence[Tensor | None]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import BLOCK, CHUNK, Table, launch
+from .launch import CHUNK, Table, block_of, launch
 from .memory import load_wide, scalar, store_rounded
 from .sparsify import infinity_key, key_type, magnitude_key
 
@@ -37,15 +37,15 @@ def lerp_kernel(
     """result = a + weight * (b - a), or b - weight * (b - a) with NEAR_A off; the result may be a itself."""
     entry = table + chunks_at + 2 * tl.program_id(0).to(tl.int64)
     row = table + tl.load(entry)
-    start = tl.load(entry + 1)
+    start = tl.multiple_of(tl.load(entry + 1), BLOCK)
     n = tl.load(row)
     weight = scalar(tl.load(row + 4), COMPUTE)
     largest = tl.zeros([BLOCK], key_type(COMPUTE))
-    for at in range(start, tl.minimum(start + CHUNK, n), BLOCK):
-        first = tl.multiple_of(at, BLOCK)
+    for step in range(0, CHUNK, BLOCK):
+        first = start + step
         if first + BLOCK <= n:
             largest = _lerp_block(row, first, n, largest, weight, A, B, OUT, COMPUTE, NEAR_A, ALIGNED, False, BLOCK)
-        else:
+        elif first < n:
             largest = _lerp_block(row, first, n, largest, weight, A, B, OUT, COMPUTE, NEAR_A, ALIGNED, True, BLOCK)
     if tl.max(largest, 0) >= infinity_key(COMPUTE):
         tl.store(table, 1)  # every program that stores, stores the same
@@ -57,5 +57,5 @@ def lerp(table: Table, near_a: bool) -> None:
         a, b, out, compute, is_aligned = group.key
         launch(
             lerp_kernel, group.chunks, table.words.device, table.words, group.chunks_at,
-            A=a, B=b, OUT=out, COMPUTE=compute, NEAR_A=near_a, ALIGNED=is_aligned, CHUNK=CHUNK, BLOCK=BLOCK,
+            A=a, B=b, OUT=out, COMPUTE=compute, NEAR_A=near_a, ALIGNED=is_aligned, CHUNK=CHUNK, BLOCK=block_of(compute),
         )  # fmt: skip

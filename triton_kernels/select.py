@@ -42,13 +42,15 @@ def keys_kernel(
     """Writes the keys of one model."""
     entry = table + chunks_at + 2 * tl.program_id(0).to(tl.int64)
     row = table + tl.load(entry)
-    start = tl.load(entry + 1)
+    start = tl.multiple_of(tl.load(entry + 1), BLOCK)
     n = tl.load(row)
     to = out + (tl.load(row + 1) - origin)
     lane = tl.arange(0, BLOCK)
-    for at in range(start, tl.minimum(start + CHUNK, n), BLOCK):
-        first = tl.multiple_of(at, BLOCK)
-        tl.store(to + first + lane, _keys(row, model, first, lane, n, HAS_BASE, BASE, MODEL, COMPUTE, ALIGNED), mask=lane < n - first)
+    for step in range(0, CHUNK, BLOCK):
+        first = start + step
+        if first < n:
+            key = _keys(row, model, first, lane, n, HAS_BASE, BASE, MODEL, COMPUTE, ALIGNED)
+            tl.store(to + first + lane, key, mask=lane < n - first)
 
 
 @triton.jit
@@ -94,7 +96,7 @@ def bracket_kernel(
     c = tl.program_id(0) // MODELS
     entry = table + chunks_at + 2 * c.to(tl.int64)
     row = table + tl.load(entry)
-    start = tl.load(entry + 1)
+    start = tl.multiple_of(tl.load(entry + 1), BLOCK)
     n = tl.load(row)
     offset = tl.load(row + 1)
     lane = tl.arange(0, BLOCK)
@@ -107,16 +109,17 @@ def bracket_kernel(
         lo, mid, hi = lo.to(tl.int32), mid.to(tl.int32), hi.to(tl.int32)
     # Chunks share a few counters and segments, so that a crowded chunk finds room that others left.
     slot = (m * slots + (chunks_before + c) % slots).to(tl.int64)
-    for at in range(start, tl.minimum(start + CHUNK, n), BLOCK):
-        first = tl.multiple_of(at, BLOCK)
-        key = _keys(row, m, first, lane, n, HAS_BASE, BASE, MODEL, COMPUTE, ALIGNED)
-        above += (key > hi).to(tl.int32)
-        equal += (key == mid).to(tl.int32)
-        inside = (key >= lo) & (key <= hi) & (key != mid)
-        at = tl.atomic_add(filled + slot * 32 + tl.zeros([BLOCK], tl.int32), 1, mask=inside, sem="relaxed")
-        fits = inside & (at < segment)
-        tl.store(found_keys + slot * segment + at, key, mask=fits)
-        tl.store(found_index + slot * segment + at, offset + first + lane, mask=fits)
+    for step in range(0, CHUNK, BLOCK):
+        first = start + step
+        if first < n:
+            key = _keys(row, m, first, lane, n, HAS_BASE, BASE, MODEL, COMPUTE, ALIGNED)
+            above += (key > hi).to(tl.int32)
+            equal += (key == mid).to(tl.int32)
+            inside = (key >= lo) & (key <= hi) & (key != mid)
+            at = tl.atomic_add(filled + slot * 32 + tl.zeros([BLOCK], tl.int32), 1, mask=inside, sem="relaxed")
+            fits = inside & (at < segment)
+            tl.store(found_keys + slot * segment + at, key, mask=fits)
+            tl.store(found_index + slot * segment + at, offset + first + lane, mask=fits)
     to = counts + 2 * m.to(tl.int64) * chunks + chunks_before + c
     tl.store(to, tl.sum(above).to(tl.int64))
     tl.store(to + chunks, tl.sum(equal).to(tl.int64))
@@ -134,12 +137,13 @@ def pivots_kernel(
     m = tl.program_id(0) % MODELS
     entry = table + chunks_at + 2 * (tl.program_id(0) // MODELS).to(tl.int64)
     row = table + tl.load(entry)
-    start = tl.load(entry + 1)
+    start = tl.multiple_of(tl.load(entry + 1), BLOCK)
     n = tl.load(row)
     lane = tl.arange(0, BLOCK)
-    for at in range(start, tl.minimum(start + CHUNK, n), BLOCK):
-        first = tl.multiple_of(at, BLOCK)
-        key = _keys(row, m, first, lane, n, HAS_BASE, BASE, MODEL, COMPUTE, ALIGNED).to(tl.int64)
-        for p in range(PIVOTS):
-            reached = tl.sum((key >= tl.load(pivots + PIVOTS * m + p)).to(tl.int32))
-            tl.atomic_add(counts + PIVOTS * m + p, reached.to(tl.int64), sem="relaxed")
+    for step in range(0, CHUNK, BLOCK):
+        first = start + step
+        if first < n:
+            key = _keys(row, m, first, lane, n, HAS_BASE, BASE, MODEL, COMPUTE, ALIGNED).to(tl.int64)
+            for p in range(PIVOTS):
+                reached = tl.sum((key >= tl.load(pivots + PIVOTS * m + p)).to(tl.int32))
+                tl.atomic_add(counts + PIVOTS * m + p, reached.to(tl.int64), sem="relaxed")

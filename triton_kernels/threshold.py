@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import select as kernels
-from .launch import BLOCK, CHUNK, Row, Table, aligned, launch, tl_dtype
+from .launch import CHUNK, Row, Table, aligned, block_of, launch, tl_dtype
 
 __all__ = ["Selector"]
 
@@ -84,7 +84,7 @@ class Selector:
         base, model, is_aligned = group.key
         launch(
             kernel, programs, self.device, self.table.words, *args, HAS_BASE=base is not None, BASE=base or model, MODEL=model,
-            COMPUTE=self.compute, **constants, **({} if kernel is kernels.sample_kernel else {"ALIGNED": is_aligned, "CHUNK": CHUNK, "BLOCK": BLOCK}),
+            COMPUTE=self.compute, **constants, **({} if kernel is kernels.sample_kernel else {"ALIGNED": is_aligned, "CHUNK": CHUNK, "BLOCK": block_of(self.compute)}),
         )  # fmt: skip
 
     def _keys(self, m: int) -> Tensor:
