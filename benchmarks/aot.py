@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pymerge.triton_kernels import combine, lerp, reduce, select
-from pymerge.triton_kernels.compat import LAUNCH_OPTIONS
+from pymerge.triton_kernels.compat import LAUNCH_OPTIONS, THREADS
 from pymerge.triton_kernels.launch import CHUNK, block_of
 
 TARGETS = {
@@ -37,7 +37,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-THREADS = 128
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
 
 # Instructions per element on sm_90 of three models, between the first wide load and the last wide store: measured plus a tenth. At full
@@ -158,7 +157,7 @@ def inspect_hip(case: Case, compiled) -> tuple[list[str], float]:
     spills = [int(n) for n in re.findall(r"[sv]gpr_spill_count:\s+(\d+)", code)]
     if not spills or any(spills):
         faults.append("spills registers")
-    if case.wide and not ("global_load_dwordx4" in code and "global_store_dwordx4" in code):
+    if case.wide and not (re.search(r"(global|buffer)_load_dwordx4", code) and re.search(r"(global|buffer)_store_dwordx4", code)):
         faults.append("has no 128-bit load or store")
     return faults, 0.0
 
@@ -167,7 +166,8 @@ def check(case: Case, target: str) -> tuple[list[str], float]:
     """What is wrong with a case on a target, and its instructions per element (0 where that is not counted)."""
     divisible = {(i,): [["tt.divisibility", 16]] for i in case.pointers}
     source = ASTSource(case.kernel, signature=case.signature(), constexprs=case.constants, attrs=divisible)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": 4, **LAUNCH_OPTIONS})
+    options = {**LAUNCH_OPTIONS, "num_warps": THREADS // TARGETS[target].warp_size}
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     if TARGETS[target].backend == "hip":
         return inspect_hip(case, compiled)
     faults, cost = inspect_cuda(case, compiled)

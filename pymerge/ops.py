@@ -57,46 +57,43 @@ def _checked(name: str) -> str:
 
 
 @cache
-def _triton_problem() -> str:
-    """Why the Triton backend cannot be used here, or an empty string."""
+def _import_triton() -> tuple[ModuleType | None, str]:
+    """The Triton backend, or why it cannot be had."""
     try:
-        from . import triton_backend  # noqa: F401
+        from . import triton_backend
     except ImportError as error:
-        return str(error)
-    return ""
+        return None, str(error)
+    return triton_backend, ""
 
 
-def _native(device: torch.device) -> ModuleType:
+def _triton_problem(device: torch.device) -> str:
+    """Why tensors on `device` cannot go to the Triton backend, or an empty string. ROCm's tensors are on "cuda" too."""
+    module, problem = _import_triton()
+    if module is None:
+        return f"backend 'triton' cannot be used: {problem}"
+    if module.INTERPRETED:
+        return "" if device.type == "cpu" else f"backend 'triton' takes CPU tensors under TRITON_INTERPRET=1; these are on {device}"
+    if device.type == "cuda":
+        return ""
+    return f"backend 'triton' takes GPU tensors, or CPU tensors under TRITON_INTERPRET=1, slowly; these are on {device}"
+
+
+def _backend_for(device: torch.device) -> ModuleType:
+    name = _forced.get() or os.environ.get("PYMERGE_BACKEND")
+    if name is None:
+        name = "native" if device.type == "cpu" else "triton" if device.type == "cuda" and not _triton_problem(device) else "reference"
+    if _checked(name) == "reference":
+        return reference
+    if name == "triton":
+        problem = _triton_problem(device)
+        if problem:
+            raise ValueError(problem)
+        return _import_triton()[0]
     if device.type != "cpu":
         raise ValueError(f"backend 'native' takes CPU tensors; these are on {device}")
     from . import native
 
     return native
-
-
-def _triton(device: torch.device) -> ModuleType:
-    if _triton_problem():
-        raise ValueError(f"backend 'triton' cannot be used: {_triton_problem()}")
-    from . import triton_backend
-
-    wanted = "cpu" if triton_backend.INTERPRETED else "cuda"  # ROCm's tensors are on "cuda" too
-    if device.type != wanted:
-        why = " under TRITON_INTERPRET=1" if triton_backend.INTERPRETED else "; CPU tensors need TRITON_INTERPRET=1, a slow way to test"
-        raise ValueError(f"backend 'triton' takes {wanted} tensors{why}; these are on {device}")
-    return triton_backend
-
-
-def _backend_for(device: torch.device) -> ModuleType:
-    name = _forced.get() or os.environ.get("PYMERGE_BACKEND")
-    if name is not None:
-        _checked(name)
-    elif device.type == "cpu":
-        name = "native"
-    else:
-        name = "triton" if device.type == "cuda" and not _triton_problem() else "reference"
-    if name == "reference":
-        return reference
-    return _triton(device) if name == "triton" else _native(device)
 
 
 def require_backend(device: torch.device) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+import torch
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRET", "INTERPRETED", "LAUNCH_OPTIONS", "parse_version"]
+__all__ = ["INTERPRET", "INTERPRETED", "LAUNCH_OPTIONS", "THREADS", "parse_version"]
 
 MINIMUM = (3, 4)  # triton.knobs, and tuples as constexpr arguments
 
@@ -25,5 +26,8 @@ if parse_version(triton.__version__) < MINIMUM:
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 INTERPRET = tl.constexpr(INTERPRETED)
 
+# Of a program: with launch.BLOCK elements, each has 16 bytes of a half type.
+THREADS = 128
+
 # One IEEE operation at a time: without this Triton up to 3.9 fuses a product and a sum.
-LAUNCH_OPTIONS = {"enable_fp_fusion": False}
+LAUNCH_OPTIONS = {"enable_fp_fusion": False, "num_warps": THREADS // (64 if torch.version.hip else 32)}

@@ -115,4 +115,4 @@ def launch(kernel, programs: int, device: torch.device, *args, **constants) -> N
     if programs == 0:
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](*args, **constants, num_warps=4, **LAUNCH_OPTIONS)
+        kernel[(programs,)](*args, **constants, **LAUNCH_OPTIONS)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from . import select as kernels
@@ -82,9 +81,11 @@ class Selector:
 
     def _launch(self, kernel, group, programs, *args, **constants) -> None:
         base, model, is_aligned = group.key
+        if kernel is not kernels.sample_kernel:
+            constants |= {"ALIGNED": is_aligned, "CHUNK": CHUNK, "BLOCK": block_of(self.compute)}
         launch(
             kernel, programs, self.device, self.table.words, *args, HAS_BASE=base is not None, BASE=base or model, MODEL=model,
-            COMPUTE=self.compute, **constants, **({} if kernel is kernels.sample_kernel else {"ALIGNED": is_aligned, "CHUNK": CHUNK, "BLOCK": block_of(self.compute)}),
+            COMPUTE=self.compute, **constants,
         )  # fmt: skip
 
     def _keys(self, m: int) -> Tensor:
@@ -132,8 +133,7 @@ class Selector:
         at = torch.tensor(ranks, dtype=torch.float64).long().clamp(0, size - 1).to(self.device)
         values = torch.gather(sample, 1, at).tolist()
         return [
-            (lo if low < size - 1 else 0, mid, hi if high > 0 else top)
-            for (lo, mid, hi), (low, _, high) in zip(values, ranks, strict=True)
+            (lo if low < size - 1 else 0, mid, hi if high > 0 else top) for (lo, mid, hi), (low, _, high) in zip(values, ranks, strict=True)
         ]
 
     def _count(self, brackets: Sequence[tuple[int, int, int]]) -> _Counted:

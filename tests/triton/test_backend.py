@@ -57,25 +57,31 @@ def test_nan_is_named():
 def test_the_environment_chooses_it(monkeypatch):
     monkeypatch.setenv("PYMERGE_BACKEND", "triton")
     assert ops._backend_for(DEVICE) is triton_backend
-    monkeypatch.delenv("PYMERGE_BACKEND")
-    assert ops._backend_for(torch.device("cuda")) is triton_backend or triton_backend.INTERPRETED
-    assert ops._backend_for(torch.device("meta")) is ops.reference
+
+
+def test_the_default_follows_the_device(monkeypatch):
+    monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
+    for interpreted, on_gpu in ((False, triton_backend), (True, ops.reference)):
+        monkeypatch.setattr(triton_backend, "INTERPRETED", interpreted)
+        assert ops._backend_for(torch.device("cuda")) is on_gpu
+        assert ops._backend_for(torch.device("cpu")) is not triton_backend
+        assert ops._backend_for(torch.device("meta")) is ops.reference
 
 
 def test_other_devices_are_an_error(monkeypatch):
     monkeypatch.setattr(triton_backend, "INTERPRETED", False)
-    with pymerge.backend("triton"), pytest.raises(ValueError, match="takes cuda tensors; CPU tensors need TRITON_INTERPRET=1"):
-        pymerge.linear([torch.zeros(3), torch.zeros(3)])
+    with pymerge.backend("triton"), pytest.raises(ValueError, match="takes GPU tensors, or CPU tensors under TRITON_INTERPRET=1"):
+        ops.dots(torch.zeros(3), torch.zeros(3))
     monkeypatch.setattr(triton_backend, "INTERPRETED", True)
-    with pymerge.backend("triton"), pytest.raises(ValueError, match="takes cpu tensors under TRITON_INTERPRET=1; these are on meta"):
-        pymerge.linear([torch.zeros(3, device="meta"), torch.zeros(3, device="meta")])
+    with pymerge.backend("triton"), pytest.raises(ValueError, match="takes CPU tensors under TRITON_INTERPRET=1; these are on cuda"):
+        ops._backend_for(torch.device("cuda"))
 
 
 def test_a_missing_triton_is_an_error_only_when_asked_for(monkeypatch):
-    monkeypatch.setattr(ops, "_triton_problem", lambda: "No module named 'triton'")
+    monkeypatch.setattr(ops, "_import_triton", lambda: (None, "No module named 'triton'"))
     assert ops._backend_for(torch.device("cuda")) is ops.reference
     with pymerge.backend("triton"), pytest.raises(ValueError, match="backend 'triton' cannot be used: No module named 'triton'"):
-        pymerge.linear([torch.zeros(3), torch.zeros(3)])
+        ops.dots(torch.zeros(3), torch.zeros(3))
 
 
 def test_versions_are_compared_as_numbers():
