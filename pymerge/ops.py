@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -32,13 +33,13 @@ WIDENED = tuple(
 # --------------------------------------------------------------------------------------------------------------------------------------
 # Backends
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 _forced: ContextVar[str | None] = ContextVar("pymerge_backend", default=None)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one backend inside a ``with`` block: ``"native"`` (C++, CPU tensors) or ``"reference"`` (torch, any device).
+    """Force one backend inside a ``with`` block: ``"native"`` (C++, CPU tensors), ``"triton"`` (GPU tensors) or ``"reference"`` (torch).
 
     The environment variable PYMERGE_BACKEND does the same for a process. A backend that cannot take the inputs is an error.
     """
@@ -55,12 +56,39 @@ def _checked(name: str) -> str:
     return name
 
 
+@cache
+def _import_triton() -> tuple[ModuleType | None, str]:
+    """The Triton backend, or why it cannot be had."""
+    try:
+        from . import triton_backend
+    except ImportError as error:
+        return None, str(error)
+    return triton_backend, ""
+
+
+def _triton_problem(device: torch.device) -> str:
+    """Why tensors on `device` cannot go to the Triton backend, or an empty string. ROCm's tensors are on "cuda" too."""
+    module, problem = _import_triton()
+    if module is None:
+        return f"backend 'triton' cannot be used: {problem}"
+    if module.INTERPRETED:
+        return "" if device.type == "cpu" else f"backend 'triton' takes CPU tensors under TRITON_INTERPRET=1; these are on {device}"
+    if device.type == "cuda":
+        return ""
+    return f"backend 'triton' takes GPU tensors, or CPU tensors under TRITON_INTERPRET=1, slowly; these are on {device}"
+
+
 def _backend_for(device: torch.device) -> ModuleType:
     name = _forced.get() or os.environ.get("PYMERGE_BACKEND")
     if name is None:
-        name = "native" if device.type == "cpu" else "reference"
+        name = "native" if device.type == "cpu" else "triton" if device.type == "cuda" and not _triton_problem(device) else "reference"
     if _checked(name) == "reference":
         return reference
+    if name == "triton":
+        problem = _triton_problem(device)
+        if problem:
+            raise ValueError(problem)
+        return _import_triton()[0]
     if device.type != "cpu":
         raise ValueError(f"backend 'native' takes CPU tensors; these are on {device}")
     from . import native
@@ -73,7 +101,7 @@ def require_backend(device: torch.device) -> None:
 
     Raises:
         ImportError: the C++ core cannot be loaded, or PYMERGE_ISA names an instruction set that is not there.
-        ValueError: PYMERGE_BACKEND names no backend, or one for other devices.
+        ValueError: PYMERGE_BACKEND names no backend, or one that is not installed or for other devices.
     """
     _backend_for(device)
 
@@ -177,7 +205,8 @@ def _target(like: Tensor, dtype: torch.dtype, out: Tensor | None, given: Sequenc
     if out is not None and out.is_contiguous() and dtype in COMPUTED:
         return out.detach().view(-1), True
     # fp8 is rounded afterwards, from the dtype of the arithmetic: once, also when that is fp64.
-    return torch.empty(like.numel(), dtype=dtype if dtype in COMPUTED else reference.compute_dtype(given)), False
+    wide = dtype if dtype in COMPUTED else reference.compute_dtype(given)
+    return torch.empty(like.numel(), dtype=wide, device=like.device), False
 
 
 def _finished(target: Tensor, shape: torch.Size, dtype: torch.dtype, out: Tensor | None) -> Tensor:

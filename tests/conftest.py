@@ -1,12 +1,17 @@
 """Fixtures for all tests: unwritten memory shows, few threads, and a choice of backends."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import pymerge
+
+# Triton's interpreter runs the GPU kernels on CPU tensors (tests/triton). It must be chosen before anything imports Triton; set it to 0 to
+# run those tests on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Fixtures here choose a backend and poison memory; both are the same for every example. The same examples each time: a failure repeats.
 settings.register_profile(

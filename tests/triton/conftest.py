@@ -1,0 +1,34 @@
+"""What the tests of the Triton kernels share. They run in Triton's interpreter, or on a GPU with TRITON_INTERPRET=0."""
+
+import os
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET", "1") != "0" else "cuda")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    """Where there is nothing to run on, nothing runs."""
+    pytest.importorskip("triton")
+    if DEVICE.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("TRITON_INTERPRET=0 needs a GPU")
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+def there(t):
+    """A tensor, or None, on the device under test."""
+    return None if t is None else t.to(DEVICE)
+
+
+def poisoned(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """An output that shows what nobody wrote."""
+    return torch.full((n,), float("nan"), dtype=dtype, device=DEVICE)
