@@ -10,13 +10,14 @@ RUN_DEPS := torch numpy PyYAML click rich safetensors
 BUILD_DEPS := setuptools pybind11
 DEMO_DEPS := scikit-learn matplotlib
 BENCH_DEPS := pytest pytest-timeout pytest-benchmark
+TRITON := triton==3.9.0
 CORE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 # Two workers with one thread each: the tests are many and small, and torch's own threads would only fight over the cores.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-all lint bench sanitize arm64 clean distclean
+.PHONY: help demo test test-all lint bench aot sanitize arm64 clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -40,6 +41,9 @@ BENCH_RESULT = $(if $(ARGS),.benchmarks/part,benchmarks/results/$$($(PY) benchma
 bench: $(VENV)/.bench $(VENV)/.core  ## speeds against naive torch and a copy of the same bytes; writes benchmarks/results/
 	@mkdir -p .benchmarks benchmarks/results
 	$(PY) -m pytest benchmarks/test_merge_speed.py --benchmark-quiet --benchmark-json=$(BENCH_RESULT).json $(ARGS)
+
+aot: $(VENV)/.dev $(VENV)/.core  ## compile the Triton kernels for GPUs that are not there and check the machine code (minutes)
+	$(PY) benchmarks/aot.py $(ARGS)
 
 # The runtime libraries of the sanitizers must come before Python's own allocations, hence LD_PRELOAD. Python itself leaks by design.
 SANITIZED := build/sanitize
@@ -94,8 +98,10 @@ $(VENV)/.lint: $(VENV)/.created $(PINS)
 	$(PIP) ruff
 	@touch $@
 
+# A torch built for GPUs insists on the Triton that it was built with; one for CPUs brings none.
 $(VENV)/.dev: $(VENV)/.run $(PINS)
 	$(PIP) -r $(PINS)
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PY) -c 'import triton' 2>/dev/null || $(PIP) $(TRITON); fi
 	@touch $@
 
 $(SANITIZED)/.built: $(VENV)/.run setup.py $(CORE_SOURCES)

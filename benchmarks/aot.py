@@ -154,7 +154,8 @@ def inspect_cuda(case: Case, compiled) -> tuple[list[str], float]:
 
 def inspect_hip(case: Case, compiled) -> tuple[list[str], float]:
     code, faults = compiled.asm["amdgcn"], []
-    spills = [int(n) for n in re.findall(r"[sv]gpr_spill_count:\s+(\d+)", code)]
+    # Scalar registers spill into lanes of vector registers, which costs no memory traffic.
+    spills = [int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", code)]
     if not spills or any(spills):
         faults.append("spills registers")
     if case.wide and not (re.search(r"(global|buffer)_load_dwordx4", code) and re.search(r"(global|buffer)_store_dwordx4", code)):

@@ -31,6 +31,12 @@ def _fold(lanes, TOGETHER: tl.constexpr):
 
 
 @triton.jit
+def _steps_end(n, begin):
+    """Where the steps through a block can stop: what is left of a small tensor. Lanes start from +0, so zeros would change nothing."""
+    return tl.minimum(n - tl.min(begin), SUM_BLOCK)
+
+
+@triton.jit
 def _load(address, index, n, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
     return widen(tl.load(address.to(tl.pointer_type(DTYPE)) + index, mask=index < n, other=0.0), COMPUTE)
 
@@ -51,7 +57,7 @@ def abs_sums_kernel(
     begin = block[:, None] * SUM_BLOCK
     full = tl.zeros([TOGETHER, LANES], tl.float64)
     part = tl.zeros([TOGETHER, LANES], tl.float64)
-    for step in range(0, SUM_BLOCK, LANES):
+    for step in range(0, _steps_end(n, begin), LANES):
         index = begin + step + tl.arange(0, LANES)[None, :]
         delta = _load(tl.load(words), index, n, MODEL, COMPUTE)
         if HAS_BASE:
@@ -79,7 +85,7 @@ def dots_kernel(a, b, sums, n: tl.int64, TOGETHER: tl.constexpr):
     aa = tl.zeros([TOGETHER, LANES], tl.float64)
     bb = tl.zeros([TOGETHER, LANES], tl.float64)
     ab = tl.zeros([TOGETHER, LANES], tl.float64)
-    for step in range(0, SUM_BLOCK, LANES):
+    for step in range(0, _steps_end(n, begin), LANES):
         index = begin + step + tl.arange(0, LANES)[None, :]
         x = widen(tl.load(a + index, mask=index < n, other=0.0), tl.float64)
         y = widen(tl.load(b + index, mask=index < n, other=0.0), tl.float64)

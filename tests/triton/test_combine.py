@@ -35,10 +35,10 @@ def models_of(kind, n, count, dtype):
 
 
 @pytest.mark.parametrize("sparsify", ["none", "magnitude", "bernoulli"])
-def test_every_length_from_0_to_70(sparsify):
+def test_small_lengths(sparsify):
     torch.manual_seed(1)
     whole = models_of("normal", 70, 3, torch.bfloat16)
-    for n in range(71):
+    for n in (*range(20), 31, 32, 33, *range(62, 71)):
         check(whole[0][:n], [whole[1][:n], whole[2][:n]], spec_of(2, sparsify, n % 2 == 0), torch.bfloat16)
 
 
@@ -85,12 +85,12 @@ def test_number_of_models(count):
     check(None, models, spec_of(count, "bernoulli", False, divisor="count"), torch.float32)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_every_choice_together(data):
     torch.manual_seed(data.draw(st.integers(0, 2**32)))
     count = data.draw(st.integers(1, 4))
-    n = data.draw(st.integers(0, 1300))
+    n = data.draw(st.integers(0, 1100))
     dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=count + 2, max_size=count + 2))
     kinds = data.draw(st.lists(st.sampled_from(sorted(HOSTILE)), min_size=count + 1, max_size=count + 1))
     tensors = [HOSTILE[k](n).to(d) for k, d in zip(kinds, dtypes, strict=False)]
