@@ -17,7 +17,7 @@ CORE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-all lint bench aot sanitize arm64 clean distclean
+.PHONY: help demo test test-all lint bench aot gpu sanitize arm64 clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -44,6 +44,10 @@ bench: $(VENV)/.bench $(VENV)/.core  ## speeds against naive torch and a copy of
 
 aot: $(VENV)/.dev $(VENV)/.core  ## compile the Triton kernels for GPUs that are not there and check the machine code (minutes)
 	$(PY) benchmarks/aot.py $(ARGS)
+# With the Python that has torch for the GPU (and triton), not with .venv.
+GPU_PYTHON ?= $(PYTHON)
+gpu:  ## on a machine with a GPU: are results the CPU's bytes, and how fast; writes benchmarks/results/ (GPU_PYTHON=...)
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 # The runtime libraries of the sanitizers must come before Python's own allocations, hence LD_PRELOAD. Python itself leaks by design.
 SANITIZED := build/sanitize

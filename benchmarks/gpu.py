@@ -1,0 +1,287 @@
+"""Everything about the GPU in one command: are the results the CPU's, byte for byte, and how fast are they made?
+
+    python benchmarks/gpu.py            # with a Python that has torch for the GPU, and triton; needs nothing else of this repository's
+
+Prints a table and writes benchmarks/results/DATE-GPU.json, and a roofline plot beside it where matplotlib is installed. Takes less than
+eight minutes. `--device cpu --elements 1e6` rehearses it without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import gpu_rivals  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import pymerge  # noqa: E402
+
+BUDGET_S = 450
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+STARTED = time.perf_counter()
+
+
+def left() -> float:
+    return BUDGET_S - (time.perf_counter() - STARTED)
+
+
+def build_core() -> None:
+    """The C++ core is the other side of the comparison; build it only if it is not there."""
+    try:
+        from pymerge import native  # noqa: F401
+    except ImportError:
+        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, check=True)
+
+
+def describe(device: torch.device) -> dict:
+    result = {"python": sys.version.split()[0], "torch": torch.__version__, "date": datetime.date.today().isoformat(), "name": "cpu"}
+    try:
+        import triton
+
+        result["triton"] = triton.__version__
+    except ImportError:
+        result["triton"] = None
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        result |= {
+            "name": p.name,
+            "memory_gib": round(p.total_memory / 2**30, 1),
+            "multiprocessors": p.multi_processor_count,
+            "l2_mib": round(getattr(p, "L2_cache_size", 0) / 2**20, 1),
+            "capability": f"{p.major}.{p.minor}",
+            "cuda": torch.version.cuda,
+        }
+    return result
+
+
+class Clock:
+    """Milliseconds on a device: CUDA events, or the wall clock for a rehearsal."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def once(self, run: Callable[[], object]) -> float:
+        if not self.cuda:
+            started = time.perf_counter()
+            run()
+            return (time.perf_counter() - started) * 1e3
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    def interleaved(self, runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+        """Each in turn, after two rounds that are not counted (compilation, caches)."""
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for i in range(rounds + 2):
+            for name, run in runs.items():
+                elapsed = self.once(run)
+                if i >= 2:
+                    times[name].append(elapsed)
+        return times
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# What is merged
+
+METHODS: dict[str, Callable[[Tensor, list[Tensor], Tensor], object]] = {
+    "soup": lambda base, models, out: pymerge.linear(models, out=out),
+    "task_arithmetic": lambda base, models, out: pymerge.task_arithmetic(base, models, [0.4] * len(models), out=out),
+    "wise_ft": lambda base, models, out: pymerge.wise_ft(base, models[0], alpha=0.3, out=out),
+    "dare_linear": lambda base, models, out: pymerge.dare_linear(base, models, density=0.5, seed=7, out=out),
+    "dare_ties": lambda base, models, out: pymerge.dare_ties(base, models, density=0.5, seed=7, out=out),
+    "ties": lambda base, models, out: pymerge.ties(base, models, density=0.2, out=out),
+    "ema": lambda base, models, out: pymerge.ema_update(out, models[0], decay=0.999, check_finite=False),
+}
+
+
+def weights(n: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    generator = torch.Generator(device=device).manual_seed(0)
+    base = torch.randn(n, device=device, generator=generator).mul_(0.02)
+    models = [torch.randn(n, device=device, generator=generator).mul_(0.002).add_(base).to(dtype) for _ in range(count)]
+    return base.to(dtype), models
+
+
+def bytes_moved(method: str, base: Tensor, models: list[Tensor], out: Tensor) -> int:
+    """Every input read once, the output written once."""
+    if method == "soup":
+        return sum(x.nbytes for x in models) + out.nbytes
+    if method == "wise_ft":
+        return base.nbytes + models[0].nbytes + out.nbytes
+    if method == "ema":
+        return models[0].nbytes + 2 * out.nbytes
+    return base.nbytes + sum(x.nbytes for x in models) + out.nbytes
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# The same bytes
+
+
+def same_bytes(device: torch.device) -> list[dict]:
+    """GPU against the C++ core for every method and dtype, and against the reference where that is quick."""
+    rows = []
+    for dtype_name, dtype in DTYPES.items():
+        for n in (0, 1, 1023, 70_001, 3_000_017):
+            base, models = weights(n, 3, dtype, torch.device("cpu"))
+            for method, run in METHODS.items():
+                outs = []
+                for where, backend in [(device, None), (torch.device("cpu"), "native"), (torch.device("cpu"), "reference")]:
+                    if backend == "reference" and n > 100_000:
+                        continue
+                    out = base.clone() if method == "ema" else torch.full_like(base, float("nan"))
+                    args = [base.to(where), [x.to(where) for x in models], out.to(where)]
+                    if backend is None:
+                        run(*args)
+                    else:
+                        with pymerge.backend(backend):
+                            run(*args)
+                    outs.append(args[2].cpu())
+                integer = torch.int16 if dtype.itemsize == 2 else torch.int32
+                differ = [int((outs[0].view(integer) != other.view(integer)).sum()) for other in outs[1:]]
+                rows.append({"method": method, "dtype": dtype_name, "elements": n, "differ": max(differ)})
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def speeds(device: torch.device, n: int, rounds: int) -> list[dict]:
+    rows = []
+    for method in METHODS:
+        for dtype_name, count in (("bf16", 4), ("fp32", 3)):
+            if left() < 90:
+                print(f"out of time before {method} {dtype_name}")
+                return rows
+            rows.append({"method": method, "dtype": dtype_name, "models": count, "elements": n})
+            rows[-1] |= speed(method, *weights(n, count, DTYPES[dtype_name], device), Clock(device), rounds)
+            print(line(rows[-1]), flush=True)
+    return rows
+
+
+def speed(method: str, base: Tensor, models: list[Tensor], clock: Clock, rounds: int) -> dict:
+    out = torch.zeros_like(base, dtype=torch.float32 if method == "ema" else base.dtype)
+
+    def ours() -> None:
+        METHODS[method](base, models, out)
+
+    moved = bytes_moved(method, base, models, out)
+    extra = None
+    if clock.cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ours()
+        extra = torch.cuda.max_memory_allocated() - before
+    source, target = torch.ones(2, moved // 2, dtype=torch.uint8, device=base.device)
+    times = clock.interleaved({"ours": ours, "copy": lambda: target.copy_(source)}, rounds)
+    ms, copy = statistics.median(times["ours"]), statistics.median(times["copy"])
+    return {
+        "ms": ms,
+        "gb_per_s": moved / ms / 1e6,
+        "copy_ms": copy,
+        "copy_gb_per_s": moved / copy / 1e6,
+        "to_copy": ms / copy,
+        "spread": (max(times["ours"]) - min(times["ours"])) / ms,
+        "extra_bytes": extra,
+        **gpu_rivals.times(method, base, models, clock, min(rounds, 3)),
+    }
+
+
+def many_tensors(device: torch.device, total: int, rounds: int) -> dict:
+    """A state dict of a thousand tensors against one tensor of the same size: launches must not grow with the number of tensors."""
+    clock = Clock(device)
+    base, models = weights(total, 3, torch.bfloat16, device)
+    size = total // 1000
+    split = [{f"w{i}": x[i * size : (i + 1) * size].clone() for i in range(1000)} for x in (base, *models)]
+    whole = torch.zeros_like(base)
+    pieces = {name: torch.zeros_like(t) for name, t in split[0].items()}
+    runs = {
+        "one": lambda: pymerge.ties(base, models, density=0.2, out=whole),
+        "thousand": lambda: pymerge.ties(split[0], split[1:], density=0.2, out=pieces),
+    }
+    times = clock.interleaved(runs, rounds)
+    one, thousand = (statistics.median(times[name]) for name in runs)
+    return {"elements": total, "one_ms": one, "thousand_ms": thousand, "ratio": thousand / one}
+
+
+def line(row: dict) -> str:
+    rivals = "  ".join(f"{name} {row[name] / row['ms']:.1f}x" for name in ("naive_ms", "best_torch_ms") if row.get(name))
+    return (
+        f"{row['method']:16} {row['dtype']} x{row['models']} {row['elements'] / 2**20:6.0f}M {row['ms']:8.3f} ms "
+        f"{row['gb_per_s']:7.0f} GB/s  {row['to_copy']:.2f} x copy ({row['copy_gb_per_s']:.0f} GB/s)  {rivals}"
+    )
+
+
+def plot(result: dict, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["speeds"]
+    labels = [f"{r['method']} {r['dtype']}" for r in rows]
+    figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.5))
+    axes.barh(labels, [r["gb_per_s"] for r in rows], label="pymerge")
+    axes.plot([r["copy_gb_per_s"] for r in rows], labels, "k|", markersize=14, label="device copy of the same bytes")
+    axes.set_xlabel("GB/s of compulsory traffic")
+    axes.set_title(result["machine"]["name"])
+    axes.invert_yaxis()
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--elements", type=float, default=256 * 2**20)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no GPU: torch.cuda.is_available() is False with this Python; nothing was measured", file=sys.stderr)
+        return 2
+    build_core()
+    machine = describe(device)
+    print(json.dumps(machine))
+    checks = same_bytes(device)
+    wrong = [row for row in checks if row["differ"]]
+    print(f"{len(checks) - len(wrong)} of {len(checks)} results are the CPU's bytes")
+    for row in wrong:
+        print(f"  DIFFERS: {row}")
+    broken = {row["method"] for row in wrong}
+    for method in broken:  # a wrong result has no speed
+        METHODS.pop(method)
+    result = {"machine": machine, "checks": checks, "speeds": speeds(device, int(args.elements), args.rounds)}
+    if left() > 60 and "ties" not in broken:
+        result["many_tensors"] = many_tensors(device, min(int(args.elements), 64 * 2**20), args.rounds)
+        print("1000 tensors: {ratio:.2f} x one tensor of the same size".format(**result["many_tensors"]))
+    result["seconds"] = time.perf_counter() - STARTED
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = f"{machine['date']}-{re.sub(r'[^a-z0-9]+', '-', machine['name'].lower()).strip('-')}"
+    path = args.out / f"{stem}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, path.with_suffix(".png"))
+    print(f"{path}: {result['seconds']:.0f} s")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
