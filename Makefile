@@ -44,6 +44,7 @@ bench: $(VENV)/.bench $(VENV)/.core  ## speeds against naive torch and a copy of
 
 aot: $(VENV)/.dev $(VENV)/.core  ## compile the Triton kernels for GPUs that are not there and check the machine code (minutes)
 	$(PY) benchmarks/aot.py $(ARGS)
+
 # With the Python that has torch for the GPU (and triton), not with .venv.
 GPU_PYTHON ?= $(PYTHON)
 gpu:  ## on a machine with a GPU: are results the CPU's bytes, and how fast; writes benchmarks/results/ (GPU_PYTHON=...)
