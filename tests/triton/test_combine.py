@@ -144,7 +144,7 @@ def test_many_tensors_take_a_launch_per_kind_of_dtype(monkeypatch):
 
 def test_reports_values_that_are_not_finite(dtype):
     spec = spec_of(2, "bernoulli", True, density=0.5)
-    for n in (1, 1000, BLOCK + 1):
+    for n in (1, BLOCK + 1):
         for value in (float("nan"), float("-inf")):
             tensors = [there(torch.ones(n, dtype=dtype)) for _ in range(3)]
             out = poisoned(n, dtype)
