@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from pymerge import native
+from pymerge.conventions import Convention
+from pymerge.spec import MergeSpec
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,15 @@ HOSTILE = {
     "huge_range": lambda n: torch.randn(n, dtype=torch.float64) * torch.exp(torch.randn(n, dtype=torch.float64) * 3),
     "bf16_step": lambda n: (torch.randn(n) * 3e-4).bfloat16().double(),
 }
+
+
+def spec_of(models, sparsify, elect, density=0.3, scale=0.7, **convention):
+    weights = tuple((1.0, 0.7, -0.4, 1.3)[i % 4] for i in range(models))
+    return MergeSpec(weights, (density,) * models, sparsify, elect, Convention(**convention), scale, seed=2**63 + 12345)
+
+
+def models_of(kind, n, count, dtype):
+    return [HOSTILE[kind](n).to(dtype) for _ in range(count)]
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:

@@ -9,22 +9,13 @@ from pymerge import native, reference
 from pymerge.conventions import _CHOICES, Convention
 from pymerge.spec import MergeSpec
 
-from .conftest import DTYPES, HOSTILE, assert_same_bits, unaligned
+from .conftest import DTYPES, HOSTILE, assert_same_bits, models_of, spec_of, unaligned
 
 
 def check(base, models, spec, dtype, name="layer.weight"):
     out = torch.full(models[0].shape, float("nan"), dtype=dtype)
     native.merge(base, models, spec, out, name=name)
     assert_same_bits(out, reference.merge(base, models, spec, name=name, dtype=dtype))
-
-
-def spec_of(models, sparsify, elect, density=0.3, scale=1.0, **convention):
-    weights = tuple((1.0, 0.7, -0.4, 1.3)[i % 4] for i in range(models))
-    return MergeSpec(weights, (density,) * models, sparsify, elect, Convention(**convention), scale, seed=2**63 + 12345)
-
-
-def models_of(kind, n, count, dtype):
-    return [HOSTILE[kind](n).to(dtype) for _ in range(count)]
 
 
 @pytest.mark.parametrize("sparsify", ["none", "magnitude", "bernoulli"])

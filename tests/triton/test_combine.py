@@ -13,7 +13,7 @@ from pymerge.spec import MergeSpec
 from pymerge.triton_kernels import combine as combine_module
 from pymerge.triton_kernels.launch import BLOCK, CHUNK
 
-from ..core.conftest import HOSTILE, assert_same_bits, unaligned
+from ..core.conftest import HOSTILE, assert_same_bits, models_of, spec_of, unaligned
 from .conftest import DTYPES, poisoned, there
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -23,15 +23,6 @@ def check(base, models, spec, dtype, name="layer.weight", **outside):
     out = poisoned(models[0].numel(), dtype)
     triton_backend.merge(there(base), [there(x) for x in models], spec, out, name=name, **outside)
     assert_same_bits(out.cpu(), reference.merge(base, models, spec, name=name, dtype=dtype, **outside))
-
-
-def spec_of(models, sparsify, elect, density=0.3, scale=0.7, **convention):
-    weights = tuple((1.0, 0.7, -0.4, 1.3)[i % 4] for i in range(models))
-    return MergeSpec(weights, (density,) * models, sparsify, elect, Convention(**convention), scale, seed=2**63 + 12345)
-
-
-def models_of(kind, n, count, dtype):
-    return [HOSTILE[kind](n).to(dtype) for _ in range(count)]
 
 
 @pytest.mark.parametrize("sparsify", ["none", "magnitude", "bernoulli"])
