@@ -3,7 +3,8 @@
     python examples/digits_demo.py [output folder]
 
 Base: scikit-learn's handwritten digits. Experts: the base fine-tuned on the same digits rotated, inverted or noised. No merge
-setting was searched for: densities and scales are the usual ones, and the table is what comes out.
+setting was searched for: densities and scales are the usual ones, and the table is what comes out. The experts' training was changed once
+after a first look (rotation by 30 instead of 90 degrees, 40 epochs instead of 10): the inverted expert had not learnt its own domain.
 """
 
 from __future__ import annotations
