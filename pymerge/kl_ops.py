@@ -8,9 +8,7 @@ Importing this module registers them. None of them waits for a GPU. docs/kl.md h
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from types import ModuleType
 
 import torch
@@ -80,29 +78,20 @@ def _result_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 
 def _backend_for(student: Tensor, teacher: Tensor) -> ModuleType:
-    forced = ops._forced.get() or os.environ.get("PYMERGE_BACKEND")
-    device, wide = student.device, _result_dtype(student, teacher) == torch.float64
-    name = forced
-    if name is None:
-        name = {"cpu": "native", "cuda": "triton" if importlib.util.find_spec("triton") else "reference"}.get(device.type, "reference")
-        name = "reference" if wide else name
+    name = ops.backend_name(student.device)
+    if name != "reference" and _result_dtype(student, teacher) == torch.float64:
+        if ops.forced_backend() is not None:
+            raise ValueError(f"backend {name!r} takes fp32, bf16 and fp16 logits; these are fp64")
+        name = "reference"
     if name == "reference":
         return reference_kl
-    if wide:
-        raise ValueError(f"backend {name!r} takes fp32, bf16 and fp16 logits; these are fp64")
-    if name == "native":
-        if device.type != "cpu":
-            raise ValueError(f"backend 'native' takes CPU tensors; these are on {device}")
-        from . import native_kl
-
-        return native_kl
     if name == "triton":
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"backend 'triton' takes CUDA tensors; these are on {device}")
         from .triton_kernels import kl
 
         return kl
-    raise ValueError(f"backend {name!r} does not exist; choose 'native', 'triton' or 'reference'")
+    from . import native_kl
+
+    return native_kl
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------

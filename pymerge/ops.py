@@ -78,19 +78,31 @@ def _triton_problem(device: torch.device) -> str:
     return f"backend 'triton' takes GPU tensors, or CPU tensors under TRITON_INTERPRET=1, slowly; these are on {device}"
 
 
-def _backend_for(device: torch.device) -> ModuleType:
-    name = _forced.get() or os.environ.get("PYMERGE_BACKEND")
+def forced_backend() -> str | None:
+    """The backend that :func:`backend` or PYMERGE_BACKEND insists on."""
+    return _forced.get() or os.environ.get("PYMERGE_BACKEND")
+
+
+def backend_name(device: torch.device) -> str:
+    """The backend for tensors on `device`; errors as :func:`require_backend` has them."""
+    name = forced_backend()
     if name is None:
         name = "native" if device.type == "cpu" else "triton" if device.type == "cuda" and not _triton_problem(device) else "reference"
-    if _checked(name) == "reference":
-        return reference
-    if name == "triton":
+    if _checked(name) == "triton":
         problem = _triton_problem(device)
         if problem:
             raise ValueError(problem)
-        return _import_triton()[0]
-    if device.type != "cpu":
+    if name == "native" and device.type != "cpu":
         raise ValueError(f"backend 'native' takes CPU tensors; these are on {device}")
+    return name
+
+
+def _backend_for(device: torch.device) -> ModuleType:
+    name = backend_name(device)
+    if name == "reference":
+        return reference
+    if name == "triton":
+        return _import_triton()[0]
     from . import native
 
     return native
