@@ -68,6 +68,7 @@ def merge(
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
     seed: int | None = None,
+    download: bool = False,
 ) -> MergeReport:
     """Merge checkpoints on disk as a recipe says, tensor by tensor.
 
@@ -85,6 +86,7 @@ def merge(
         progress: called as ``progress(bytes_done, bytes_total)`` while merging.
         threads: that compute (by default torch's number) and that read files (by default one per CPU, at most 4).
         seed: overrides the recipe's, for methods that drop at random.
+        download: fetch models that the recipe names by hub id and that are not in the Hugging Face cache.
 
     Raises:
         RecipeError: the recipe, the models' headers or `out` do not allow the merge; lists everything that is wrong. No tensor was read.
@@ -94,7 +96,14 @@ def merge(
         OSError: writing failed.
     """
     plan = make_plan(
-        recipe, out, shard_size=parse_bytes(shard_size), force=force, dtype=_text(dtype), out_dtype=_text(out_dtype), seed=seed
+        recipe,
+        out,
+        shard_size=parse_bytes(shard_size),
+        force=force,
+        dtype=_text(dtype),
+        out_dtype=_text(out_dtype),
+        seed=seed,
+        download=download,
     )
     with plan:
         return run_plan(plan, out, force=force, check_finite=check_finite, progress=progress, threads=threads)
@@ -161,8 +170,10 @@ def _extra_files(plan: Plan, title: str) -> dict[str, bytes]:
     content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
     if "config.json" in content:
         content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))
+    plan.changes.apply(content)
     models = [name for i, name in enumerate(plan.names) if i not in plan.bases]
-    content["README.md"] = model_card(plan.recipe, title, models, plan.recipe.base_model, "config.json" in content).encode()
+    base = str(plan.recipe.base_model) if plan.recipe.base_model else None
+    content["README.md"] = model_card(plan.recipe, title, models, base, "config.json" in content).encode()
     return content
 
 
