@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,14 @@ class Sources:
             checkpoint.close()
 
 
-def open_sources(recipe: Recipe, problems: Problems, download: bool = False) -> Sources:
+def open_sources(recipe: Recipe, problems: Problems, download: bool = False, named: Mapping[str, Path] | None = None) -> Sources:
     """Open what a recipe names; everything wrong goes to `problems`."""
     sources = Sources()
     opened: dict[tuple[Path, ...], int | None] = {}
     for place, reference in recipe.references():
         if reference in sources.indices:
             continue
-        located = locate(reference, recipe.folder, place, problems, download)
+        located = locate(reference, recipe.folder, place, problems, download, named)
         index = None
         if located is not None:
             key = tuple(path.resolve() for path in (located.path, *located.adapters))
