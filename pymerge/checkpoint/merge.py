@@ -170,9 +170,9 @@ def _compute_threads(count: int | None):
 
 def _extra_files(plan: Plan, title: str) -> dict[str, bytes]:
     content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
+    plan.changes.apply(content)
     if "config.json" in content:
         content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))
-    plan.changes.apply(content)
     models = [name for i, name in enumerate(plan.names) if i not in plan.bases]
     base = str(plan.recipe.base_model) if plan.recipe.base_model else None
     content["README.md"] = model_card(plan.recipe, title, models, base, "config.json" in content).encode()

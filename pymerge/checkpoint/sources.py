@@ -93,6 +93,8 @@ def _open(located: Located, name: str, place: Place, sources: Sources, problems:
         )
     if not store.tensors:
         problems.add(place, f"{path} has no tensors")
+    for warning in getattr(store, "warnings", ()):
+        problems.warn(place, warning)
     sources.checkpoints.append(store)
     sources.names.append(name)
     sources.places.append(place)
