@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .merge_methods.ties import ties
     from .merge_methods.wise_ft import wise_ft
     from .ops import NonFiniteError, backend
+    from .replay import ReplayMixer, make_replay_stream
 
 __all__ = [
     "EMA",
@@ -33,6 +34,7 @@ __all__ = [
     "Method",
     "NonFiniteError",
     "Parameter",
+    "ReplayMixer",
     "__version__",
     "backend",
     "dare_linear",
@@ -41,6 +43,7 @@ __all__ = [
     "get_method",
     "greedy_soup",
     "linear",
+    "make_replay_stream",
     "merge",
     "methods",
     "model_soup",
@@ -66,6 +69,7 @@ _HOME = {
     "merge_methods.ties": ("ties",),
     "merge_methods.wise_ft": ("wise_ft",),
     "ops": ("NonFiniteError", "backend"),
+    "replay": ("ReplayMixer", "make_replay_stream"),
 }
 _LAZY = {name: module for module, names in _HOME.items() for name in names}
 
