@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .merge_methods.task_arithmetic import task_arithmetic
     from .merge_methods.ties import ties
     from .merge_methods.wise_ft import wise_ft
+    from .metrics import backward_transfer, forward_transfer
     from .ops import NonFiniteError, backend
     from .replay import ReplayMixer, make_replay_stream
 
@@ -37,9 +38,11 @@ __all__ = [
     "ReplayMixer",
     "__version__",
     "backend",
+    "backward_transfer",
     "dare_linear",
     "dare_ties",
     "ema_update",
+    "forward_transfer",
     "get_method",
     "greedy_soup",
     "linear",
@@ -68,6 +71,7 @@ _HOME = {
     "merge_methods.task_arithmetic": ("task_arithmetic",),
     "merge_methods.ties": ("ties",),
     "merge_methods.wise_ft": ("wise_ft",),
+    "metrics": ("backward_transfer", "forward_transfer"),
     "ops": ("NonFiniteError", "backend"),
     "replay": ("ReplayMixer", "make_replay_stream"),
 }
