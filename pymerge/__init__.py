@@ -14,6 +14,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .checkpoint.merge import merge
     from .conventions import Convention, presets
+    from .losses import kl_divergence
     from .merge_methods.dare import dare_linear, dare_ties
     from .merge_methods.ema import EMA, ema_update
     from .merge_methods.greedy_soup import GreedySoup, greedy_soup
@@ -45,6 +46,7 @@ __all__ = [
     "forward_transfer",
     "get_method",
     "greedy_soup",
+    "kl_divergence",
     "linear",
     "make_replay_stream",
     "merge",
@@ -71,6 +73,7 @@ _HOME = {
     "merge_methods.task_arithmetic": ("task_arithmetic",),
     "merge_methods.ties": ("ties",),
     "merge_methods.wise_ft": ("wise_ft",),
+    "losses": ("kl_divergence",),
     "metrics": ("backward_transfer", "forward_transfer"),
     "ops": ("NonFiniteError", "backend"),
     "replay": ("ReplayMixer", "make_replay_stream"),
