@@ -226,16 +226,6 @@ def _complete(
     )
 
 
-def _check_tensors(tensors: Sequence[TensorPlan], problems: Problems) -> None:
-    names: set[str] = set()
-    for tensor in tensors:
-        if tensor.output.name in names:
-            problems.add(("modules",), f"{tensor.output.name!r} belongs to different modules in different models")
-        names.add(tensor.output.name)
-    if not tensors:
-        problems.add(("missing_tensors",), "leaves no tensor: there is none that all models have")
-
-
 def _align_vocabularies(recipe: Recipe, sources: Sources, problems: Problems) -> None:
     """The one place where checkpoints are replaced by ones whose embeddings follow the output's vocabulary."""
     if recipe.tokenizer is not None and sources.complete:
@@ -278,3 +268,13 @@ def _tensor_plan(tensor: Matched, part: Part, parameters: dict[str, Any], recipe
         code = recipe.out_dtype or recipe.dtype or dtypes.promote(info.dtype for _, info in inputs)
     has_base = part.has_base and tensor.merged
     return TensorPlan(OutputTensor(tensor.name, code, first.shape), inputs, has_base, parameters, not tensor.merged)
+
+
+def _check_tensors(tensors: Sequence[TensorPlan], problems: Problems) -> None:
+    names: set[str] = set()
+    for tensor in tensors:
+        if tensor.output.name in names:
+            problems.add(("modules",), f"{tensor.output.name!r} belongs to different modules in different models")
+        names.add(tensor.output.name)
+    if not tensors:
+        problems.add(("missing_tensors",), "leaves no tensor: there is none that all models have")
