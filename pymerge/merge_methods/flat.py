@@ -88,17 +88,10 @@ class Flat:
         sums = [[0.0] * count for _ in range(count)]
         for at in self.pieces():
             deltas = self.deltas(at)
-            for i, j in [(i, j) for i in range(count) for j in range(i + 1, count)] or [(0, 0)]:
-                ii, jj, ij = ops.dots(deltas[i], deltas[j]).tolist()
-                sums[i][j] += ij
-                if j == i + 1:
-                    sums[i][i] += ii
-                    if j == count - 1:
-                        sums[j][j] += jj
-        for i in range(count):
-            for j in range(i):
-                sums[i][j] = sums[j][i]
-        return sums
+            for i in range(count):
+                for j in range(i, count):
+                    sums[i][j] += float(ops.dots(deltas[i], deltas[j])[2])
+        return [[sums[min(i, j)][max(i, j)] for j in range(count)] for i in range(count)]
 
     def row_gram(self) -> Tensor:
         """The same for each row: fp64 [models, models, rows], on the CPU."""
