@@ -32,9 +32,10 @@ def multislerp(
 ) -> Any:
     """The models' weighted mean direction, at their weighted mean length: ``out = base + sum_j(w_j |d_j|) * m / |m|``.
 
-    ``m = sum_i(w_i d_i / |d_i|)`` and ``d_i = models[i] - base``; without a base the models are vectors from zero. Each tensor is one vector; one of zeros has no direction
-    and adds length 0. Where the directions cancel, ``|m| <= eps``, the result is the straight weighted sum, ``base + sum_i(w_i d_i)``.
-    mergekit goes on from m / |m| along the tangent sum_i(w_i (u_i - (u_i·m) m)), which is zero at that point.
+    ``m = sum_i(w_i d_i / |d_i|)`` and ``d_i = models[i] - base``; without a base the models are vectors from zero. Each tensor is one
+    vector; one of zeros has no direction and adds no length. Where the directions cancel, ``|m| <= eps``, the result is the straight
+    weighted sum, ``base + sum_i(w_i d_i)``. (mergekit goes on from m / |m| along the tangent ``sum_i(w_i (u_i - (u_i·m) m))``, which is
+    zero at that point.)
 
     Args:
         models: list of tensors, mappings name -> tensor or nn.Modules, all of one kind.

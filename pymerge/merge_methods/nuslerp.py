@@ -34,8 +34,8 @@ def nuslerp(
 ) -> Any:
     """A point on the arc between two models or deltas: ``out = base + (sin((1-t)θ) d_0 + sin(tθ) d_1) / sin θ``.
 
-    ``t = w_1 / (w_0 + w_1)`` and ``d_i = models[i] - base``; without a base the models themselves. θ is the angle of d_0 and d_1. Vectors within 1e-6 radians of one line
-    are interpolated linearly; one of zeros stands at a right angle to everything.
+    ``t = w_1 / (w_0 + w_1)`` and ``d_i = models[i] - base``; without a base the models themselves. θ is the angle of d_0 and d_1. Vectors
+    within 1e-6 radians of one line are interpolated linearly; one of zeros stands at a right angle to everything.
 
     Args:
         models: two tensors, two mappings name -> tensor or two nn.Modules.
@@ -59,7 +59,7 @@ def _arc(aa: Tensor, bb: Tensor, ab: Tensor, t: float) -> tuple[Tensor, Tensor]:
     lengths = aa.sqrt() * bb.sqrt()
     cosine = torch.where(lengths > 0, ab / lengths, 0.0).clamp(-1.0, 1.0)
     angle = cosine.acos()
-    sine = (1.0 - cosine * cosine).clamp(min=0.0).sqrt()
+    sine = angle.sin()  # of the angle itself: the quotients then hardly depend on its last digits
     arc = sine > _NO_SINE  # not where it is NaN
     return torch.where(arc, ((1.0 - t) * angle).sin() / sine, 1.0 - t), torch.where(arc, (t * angle).sin() / sine, t)
 
