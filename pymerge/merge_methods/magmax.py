@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..arguments import finite
 from ..tree import Paired
-from .flat import Flat, check_inputs
+from .flat import Flat, check_inputs, choose
 from .fused import merge_each
 from .recipe_parameters import LAMBDA
 from .registry import register_method
@@ -55,7 +55,7 @@ def _tensor(base: Tensor, models: list[Tensor], *, scale, name, dtype, out, chec
     def largest(at: slice) -> Tensor:
         best, *rest = flat.deltas(at)
         for delta in rest:
-            best = torch.where(delta.abs() > best.abs(), delta, best)
+            best = choose(delta.abs() > best.abs(), delta, best)
         return flat.base(at) + best * factor
 
     return flat.write(largest, dtype, out)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..arguments import finite
 from ..tree import Paired
-from .flat import Flat, check_inputs
+from .flat import Flat, check_inputs, choose
 from .fused import merge_each
 from .registry import Parameter, register_method
 
@@ -58,6 +58,6 @@ def _tensor(base: Tensor, models: list[Tensor], *, t, name, dtype, out, check_fi
 
     def near(at: slice) -> Tensor:
         (delta,), (model,) = flat.deltas(at), flat.models(at)
-        return torch.where(delta.abs() <= step, model, flat.base(at) + torch.copysign(step, delta))
+        return choose(delta.abs() <= step, model, flat.base(at) + torch.copysign(step, delta))
 
     return flat.write(near, dtype, out)

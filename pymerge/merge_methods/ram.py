@@ -13,7 +13,7 @@ from ..arguments import finite
 from ..conventions import Convention
 from ..spec import MergeSpec
 from ..tree import Paired
-from .flat import Flat, check_inputs
+from .flat import Flat, check_inputs, choose
 from .fused import merge_each
 from .registry import Parameter, register_method
 
@@ -116,17 +116,19 @@ def _ramplus_tl(base: Tensor, models: list[Tensor], *, epsilon, r, alpha, name, 
         changed = [d.abs() > least for d in deltas]
         return deltas, changed, sum(c.to(torch.int32) for c in changed)
 
-    counts = torch.zeros((len(models), 2), dtype=torch.int64, device=flat.device)  # unique, shared
+    counts = torch.zeros((len(models), 2), dtype=torch.int64, device=flat.device)  # unique changes, all changes
     for at in flat.pieces():
         _, changed, together = changes(at)
-        counts += torch.stack([torch.stack([(c & (together == 1)).sum(), (c & (together > 1)).sum()]) for c in changed])
-    factors = [flat.scalar(1.0 + r * min(shared / max(unique, 1), alpha)) for unique, shared in counts.tolist()]
+        alone = together == 1
+        counts += torch.stack([torch.stack([torch.count_nonzero(c & alone), torch.count_nonzero(c)]) for c in changed])
+    factors = [flat.scalar(1.0 + r * min((all_of_it - unique) / max(unique, 1), alpha)) for unique, all_of_it in counts.tolist()]
 
     def merged(at: slice) -> Tensor:
         deltas, changed, together = changes(at)
+        alone = together == 1
         total = torch.zeros((), dtype=flat.compute, device=flat.device)
         for delta, c, factor in zip(deltas, changed, factors, strict=True):
-            total = total + torch.where(c, torch.where(together == 1, delta * factor, delta), 0.0)
+            total = total + choose(c, choose(alone, delta * factor, delta))
         return flat.base(at) + total / together.clamp(min=1)
 
     return flat.write(merged, dtype, out)

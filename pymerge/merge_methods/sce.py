@@ -15,7 +15,7 @@ from ..conventions import Convention
 from ..reference import kept_by_magnitude
 from ..spec import MergeSpec
 from ..tree import Paired
-from .flat import Flat, check_inputs
+from .flat import Flat, check_inputs, choose
 from .fused import merge_each
 from .recipe_parameters import INT8_MASK
 from .registry import Parameter, register_method
@@ -76,9 +76,13 @@ def _tensor(base: Tensor, models: list[Tensor], *, select_topk, int8_mask, name,
         variance[at] = _variance(flat.deltas(at))
     ((key, cut),) = ops.select(None, [[variance]], [int(int(torch.count_nonzero(variance)) * select_topk)]).tolist()
 
+    keep = torch.empty(flat.n, dtype=torch.bool, device=flat.device)
+    for at in flat.pieces():
+        keep[at] = kept_by_magnitude(variance[at], key, cut - at.start)
+    del variance
+
     def selected(at: slice) -> list[Tensor]:
-        keep = kept_by_magnitude(variance[at], key, cut - at.start)
-        return [torch.where(keep, d, 0.0) for d in flat.deltas(at)]
+        return [choose(keep[at], d) for d in flat.deltas(at)]
 
     spec = _spec(flat, selected, count)
 
