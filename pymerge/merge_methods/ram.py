@@ -1,4 +1,4 @@
-"""RAM and RAM+: average what several models changed, keep what one model alone changed (arXiv:2601.13572)."""
+"""RAM and RAM+: average what several models changed, keep what one model alone changed (Yuan et al. 2026, arXiv:2601.13572)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _check_epsilon(epsilon: float) -> None:
         raise ValueError(f"epsilon is {epsilon}; it is a magnitude, at least 0")
 
 
-_SOURCE = "arXiv:2601.13572"
+_SOURCE = "Yuan et al. 2026, arXiv:2601.13572"
 _EPSILON = Parameter("epsilon", recipe="epsilon", kind=float, default=1e-5, doc="magnitude up to which a delta counts as no change")
 
 
