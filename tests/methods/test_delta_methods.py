@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pymerge
+from pymerge.merge_methods import flat
 from tests.oracles import deltas as oracle
 
 
@@ -108,6 +109,14 @@ def test_sce_by_hand():
     assert pymerge.sce(base, [a, b], select_topk=0.5).tolist() == [0.0, 0.0, 2.0]  # variances 0.25, 0 and 2.25
     # Deltas of the size that fine-tunes have: mergekit would weigh them equally.
     torch.testing.assert_close(pymerge.sce(base, [a * 3e-4, torch.tensor([2e-4, 0.0, 0.0])])[0], torch.tensor((6e-4 * 45 + 2e-4 * 4) / 49))
+
+
+def test_sce_selects_the_first_of_equal_variances_in_every_piece(monkeypatch):
+    """Half of 1000 equal variances: the first 500, whichever piece they are in."""
+    monkeypatch.setattr(flat, "PIECE", 64)
+    base = torch.zeros(1000)
+    out = pymerge.sce(base, [base + 1, base + 3], select_topk=0.5)
+    torch.testing.assert_close(out, torch.where(torch.arange(1000) < 500, 2.8, 0.0))  # energies 1 and 9
 
 
 def test_errors():
