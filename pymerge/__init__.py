@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .conventions import Convention, presets
     from .merge_methods.arcee_fusion import arcee_fusion
     from .merge_methods.breadcrumbs import breadcrumbs, breadcrumbs_ties
+    from .losses import kl_divergence
     from .merge_methods.dare import dare_linear, dare_ties
     from .merge_methods.della import della, della_linear
     from .merge_methods.ema import EMA, ema_update
@@ -62,6 +63,7 @@ __all__ = [
     "get_method",
     "greedy_soup",
     "karcher",
+    "kl_divergence",
     "linear",
     "magmax",
     "make_replay_stream",
@@ -107,6 +109,7 @@ _HOME = {
     "merge_methods.task_arithmetic": ("task_arithmetic",),
     "merge_methods.ties": ("ties",),
     "merge_methods.wise_ft": ("wise_ft",),
+    "losses": ("kl_divergence",),
     "metrics": ("backward_transfer", "forward_transfer"),
     "ops": ("NonFiniteError", "backend"),
     "replay": ("ReplayMixer", "make_replay_stream"),
