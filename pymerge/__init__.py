@@ -14,9 +14,9 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .checkpoint.merge import merge
     from .conventions import Convention, presets
+    from .losses import kl_divergence
     from .merge_methods.arcee_fusion import arcee_fusion
     from .merge_methods.breadcrumbs import breadcrumbs, breadcrumbs_ties
-    from .losses import kl_divergence
     from .merge_methods.dare import dare_linear, dare_ties
     from .merge_methods.della import della, della_linear
     from .merge_methods.ema import EMA, ema_update
