@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -70,9 +71,15 @@ _NAMED = {
 }
 
 
+@functools.cache
+def _trained(kind: str, topic: str) -> str:
+    """Training the same twice gives ids in different orders."""
+    return KINDS[kind](topic).to_str()
+
+
 def save_tokenizer(folder: Path, kind: str, topic: str, added: tuple[str, ...] = (), cls: str = "PreTrainedTokenizerFast") -> int:
     """A tokenizer of a kind, with added control tokens, as transformers saves it; how many tokens it has."""
-    tokenizer = getattr(transformers, cls)(tokenizer_object=KINDS[kind](topic), **_NAMED[kind])
+    tokenizer = getattr(transformers, cls)(tokenizer_object=Tokenizer.from_str(_trained(kind, topic)), **_NAMED[kind])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in added], special_tokens=True)
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
