@@ -27,7 +27,7 @@ BLOCK = 4 << 20
 """Bytes of scratch memory for one read."""
 
 GAP = 32 << 10
-"""Bytes that are cheaper read over than skipped: a read of its own costs about 10 microseconds, the time in which warm memory gives 32 KiB."""
+"""Bytes that are cheaper read over than skipped: a read of its own costs about 10 microseconds, in which warm memory gives 32 KiB."""
 
 DIRECT = 64 << 10
 """Bytes from which on a stretch of rows is read straight to where it belongs."""
@@ -166,15 +166,15 @@ class ReorderedTensor:
     def _means(self, columns: Tensor, at: Tensor, out: Tensor) -> None:
         """out[at] = the means."""
         step = max(1, BLOCK // (self._width * self._compute.itemsize))
-        for columns, at in zip(columns.split(step), at.split(step)):
-            total = torch.zeros(len(columns), self._width, dtype=self._compute)
-            members = self._rows.members[:, columns]
+        for some, there in zip(columns.split(step), at.split(step)):
+            total = torch.zeros(len(some), self._width, dtype=self._compute)
+            members = self._rows.members[:, some]
             for number, rows in enumerate(members):
                 present = (rows >= 0).nonzero().flatten()
                 if len(present):
                     total[present] += self._values(number, rows[present]).to(self._compute)
             total /= (members >= 0).sum(0).unsqueeze(1)
-            out[at] = total.to(self._dtype).view(torch.uint8).view(-1, self._row_bytes)
+            out[there] = total.to(self._dtype).view(torch.uint8).view(-1, self._row_bytes)
 
     def _values(self, number: int, rows: Tensor) -> Tensor:
         memory = bytearray(len(rows) * self._row_bytes)
@@ -207,6 +207,8 @@ class ReorderedTensor:
 class VocabularyStore:
     """A store some of whose tensors are in the order of another vocabulary; all others are passed through.
 
+    Re-ordered tensors that the store does not have (the head of a model that ties it to its embedding) come last.
+
     Attributes:
         path, folder: of the store.
         files: of the store and of those whose rows it takes.
@@ -219,9 +221,7 @@ class VocabularyStore:
         self.folder = store.folder
         self._stores = list({id(s): s for s in [store, *(s for tensor in reordered.values() for s in tensor.used)]}.values())
         self.files: tuple[Path, ...] = tuple(dict.fromkeys(file for s in self._stores for file in s.files))
-        self.tensors: dict[str, TensorInfo] = {
-            name: reordered[name].info if name in reordered else info for name, info in store.tensors.items()
-        }
+        self.tensors: dict[str, TensorInfo] = {**store.tensors, **{name: tensor.info for name, tensor in reordered.items()}}
         self.nbytes = sum(info.nbytes for info in self.tensors.values())
         self._reordered = dict(reordered)
 

@@ -12,10 +12,10 @@ from .format import CheckpointError, TensorInfo
 __all__ = ["find_vocabulary_tensors", "vocab_size_of"]
 
 NAMES = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "token_embedding.weight", "embed_in.weight", "shared.weight",
-    "backbone.embeddings.weight", "lm_head.weight", "lm_head.bias", "embed_out.weight", "output_layer.weight", "lm_head.decoder.weight",
-    "lm_head.decoder.bias", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "cls.predictions.bias",
-    "vocab_projector.weight", "vocab_projector.bias", "predictions.decoder.weight", "predictions.decoder.bias", "predictions.bias",
+    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "token_embedding.weight",
+    "embed_in.weight", "shared.weight", "backbone.embeddings.weight",
+    "lm_head.weight", "lm_head.bias", "embed_out.weight", "output_layer.weight", "lm_head.decoder.weight", "lm_head.decoder.bias",
+    "predictions.decoder.weight", "predictions.decoder.bias", "predictions.bias", "vocab_projector.weight", "vocab_projector.bias",
 )  # fmt: skip
 """How the names of embeddings and heads end."""
 
@@ -28,6 +28,8 @@ OTHERS = re.compile(r"(norm|ln_\w+|LayerNorm|position_embeddings|token_type_embe
 IN_LAYER = re.compile(r"\.\d+\.")
 
 SHOWN = 5
+
+HINT = "list the tensors with one row per token in the recipe, as the tokenizer's 'tensors'"
 
 
 def find_vocabulary_tensors(tensors: Mapping[str, TensorInfo], rows: int | None, named: Sequence[str] = ()) -> list[str]:
@@ -42,16 +44,16 @@ def find_vocabulary_tensors(tensors: Mapping[str, TensorInfo], rows: int | None,
         named: the names, if the caller knows them; all must have the same number of rows.
 
     Raises:
-        CheckpointError: there are none, they disagree in their number of rows, or a tensor may be one more.
+        CheckpointError: they disagree in their number of rows, there are none although there is a vocabulary, or a tensor may be one more.
     """
     if named:
         found = [name for name in tensors if name in set(named)]
     else:
         found = [name for name in tensors if _is_known(name)]
+    if not found and rows is not None:
+        raise CheckpointError(f"config.json says vocab_size is {rows}, but no tensor is known to be an embedding; {HINT}")
     if not found:
-        raise CheckpointError(
-            f"no tensor is known to be an embedding or a head{f' (vocab_size is {rows})' if rows else ''}; name those with one row per token"
-        )
+        return []
     sizes = {name: tensors[name].shape[0] if tensors[name].shape else 0 for name in found}
     wanted = sizes[found[0]] if named or rows is None else rows
     odd = [name for name, size in sizes.items() if size != wanted]
@@ -64,8 +66,8 @@ def find_vocabulary_tensors(tensors: Mapping[str, TensorInfo], rows: int | None,
     unclear = [] if named else [name for name, info in tensors.items() if name not in sizes and _may_be_vocabulary(info, wanted)]
     if unclear:
         raise CheckpointError(
-            f"{_listed(map(repr, unclear), len(unclear))} {'has' if len(unclear) == 1 else 'have'} {wanted} rows, as many as the vocabulary, "
-            f"but may be something else; name the tensors with one row per token ({', '.join(found)}, and these if they are meant)"
+            f"{_listed(map(repr, unclear), len(unclear))} {'has' if len(unclear) == 1 else 'have'} {wanted} rows, like the vocabulary, but "
+            f"may be something else; {HINT} ({', '.join(found)}, and these if they are meant)"
         )
     return found
 

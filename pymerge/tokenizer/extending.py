@@ -1,7 +1,7 @@
 """A tokenizer with more tokens, and the union of several.
 
-The tokens of the first one keep their ids, the new ones follow. Tokens that another tokenizer *adds* to its vocabulary (control tokens, as a
-rule) are added here too, with their flags, and found in text. Its *ordinary* tokens become part of the vocabulary, but the rules by which
+The tokens of the first one keep their ids, the new ones follow. Tokens that another tokenizer *adds* to its vocabulary (control tokens, as
+a rule) are added here too, with their flags, and found in text. Its *ordinary* tokens become part of the vocabulary, but the rules by which
 text is cut stay those of the first tokenizer: as added tokens they would be found in the middle of words and change how every text is
 encoded.
 """
@@ -28,7 +28,7 @@ UNLIKELY = 1e6
 def union(first: Tokenizer, others: Iterable[tuple[Tokenizer, int]]) -> dict[str, dict[str, bool] | None]:
     """What the others have and the first lacks: token -> flags if it is an added one, None for an ordinary one.
 
-    In the order of the others and of their ids. A token without an embedding (an id of at least the number of rows given with its tokenizer)
+    In the order of the others and of their ids. A token without an embedding (an id beyond the number of rows given with its tokenizer)
     does not count.
     """
     new: dict[str, dict[str, bool] | None] = {}
@@ -90,7 +90,9 @@ def extend(tokenizer: Tokenizer, new: Mapping[str, dict[str, bool] | None]) -> T
     return replace(tokenizer, ids=ids, added=added, contents=contents)
 
 
-def _extend_tokenizer_json(data: dict[str, Any], ids: Mapping[str, int], added: Mapping[str, dict[str, bool]], tokenizer: Tokenizer) -> None:
+def _extend_tokenizer_json(
+    data: dict[str, Any], ids: Mapping[str, int], added: Mapping[str, dict[str, bool]], tokenizer: Tokenizer
+) -> None:
     """All tokens into model.vocab: the tokenizers library numbers those that are not there by its own rule."""
     vocab = data["model"]["vocab"]
     if isinstance(vocab, dict):
@@ -109,7 +111,9 @@ def _following(ids: Mapping[str, int], begin: int, file: str, tokenizer: Tokeniz
     by_id = {number: token for token, number in ids.items()}
     missing = [number for number in range(begin, max(by_id) + 1) if number not in by_id]
     if missing:
-        raise CheckpointError(f"{tokenizer.folder / file}: no token has id {missing[0]}, and this kind of vocabulary is a list without gaps")
+        raise CheckpointError(
+            f"{tokenizer.folder / file}: no token has id {missing[0]}, and this kind of vocabulary is a list without gaps"
+        )
     return [by_id[number] for number in range(begin, max(by_id) + 1)]
 
 

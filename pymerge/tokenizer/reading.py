@@ -160,7 +160,7 @@ def _from_sentencepiece(contents: dict[str, bytes], folder: Path) -> tuple[dict[
         import sentencepiece
     except ImportError:
         raise CheckpointError(
-            f"{path}: reading a SentencePiece vocabulary needs the package sentencepiece (pip install sentencepiece); or save the tokenizer "
+            f"{path}: a SentencePiece vocabulary is read by the package sentencepiece (pip install sentencepiece); or save the tokenizer "
             f"as tokenizer.json: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         ) from None
     processor = sentencepiece.SentencePieceProcessor()

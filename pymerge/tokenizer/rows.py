@@ -16,9 +16,9 @@ __all__ = ["Override", "ids_in_models", "rows_of_models"]
 
 @dataclass(frozen=True)
 class Override:
-    """What a recipe says about one token: `row` of `model`, or zeros; `force`: for the models that have the token too."""
+    """What a recipe says about one token: `row` of `model`, zeros, or the general rule; `force`: for the models that have the token too."""
 
-    kind: Literal["row", "zero"]
+    kind: Literal["row", "zero", "rule"]
     model: int = -1
     row: int = -1
     force: bool = False
@@ -43,8 +43,8 @@ def ids_in_models(tokens: Mapping[str, int], vocabularies: Sequence[tuple[Mappin
 def rows_of_models(ids: Tensor, base: int | None, overrides: Mapping[int, Override], used: Tensor, size: int) -> list[Rows]:
     """The rows of every model's re-ordered tensor.
 
-    A model that has a token keeps its row. One that lacks it takes what the recipe says, else the row of the only model that has it, else the
-    base's, else the mean of the rows of those that have it, else zeros: so a token that a model knows nothing of pulls the merge nowhere.
+    A model that has a token keeps its row. One that lacks it takes what the recipe says, else the row of the only model that has it, else
+    the base's, else the mean of the rows of those that have it, else zeros: a token that a model knows nothing of pulls the merge nowhere.
 
     Args:
         ids: int64 [models, n]: row of each token in each model, -1 where it has none.
@@ -62,8 +62,9 @@ def rows_of_models(ids: Tensor, base: int | None, overrides: Mapping[int, Overri
     row = ids.gather(0, source.clamp(min=0).unsqueeze(0)).squeeze(0)
     forced = torch.zeros_like(used)
     for token, override in overrides.items():
-        source[token] = override.model if override.kind == "row" else ZERO
-        row[token] = override.row
+        if override.kind != "rule":
+            source[token] = override.model if override.kind == "row" else ZERO
+            row[token] = override.row
         forced[token] = override.force
     means = (source == MEAN).nonzero().flatten()
     row[means] = torch.arange(len(means))

@@ -77,7 +77,7 @@ def some_rows(draw) -> Rows:
     return Rows(torch.tensor(source), torch.tensor(row), torch.tensor(members))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), rows=some_rows())
 def test_any_bytes_of_any_rows(stores, data, rows):
     name = data.draw(st.sampled_from(["float32", "bfloat16", "float16", "float64", "bias"]))
@@ -179,7 +179,9 @@ def test_padding_is_the_same_for_all_threads(stores):
     """Many threads ask for padding at once; it is computed once, and the same by any number of torch's threads."""
     store, _ = stores[1]
     n = 57
-    rows = Rows(torch.cat([torch.zeros(n, dtype=torch.int64), torch.full((7,), PADDING)]), torch.arange(n + 7), torch.zeros(1, 0, dtype=int))
+    rows = Rows(
+        torch.cat([torch.zeros(n, dtype=torch.int64), torch.full((7,), PADDING)]), torch.arange(n + 7), torch.zeros(1, 0, dtype=int)
+    )
     results = []
 
     def read(tensor: ReorderedTensor) -> None:
