@@ -81,6 +81,8 @@ class ReorderedTensor:
         self._compute = torch.float64 if code == "F64" else torch.float32
         self._width = width
         self._row_bytes = width * dtypes.BITS[code] // 8
+        # torch moves rows element by element, so the larger the element the better.
+        self._unit = next(unit for unit in (torch.int64, torch.int32, torch.int16, torch.uint8) if self._row_bytes % unit.itemsize == 0)
         count = len(rows.source)
         self.info = TensorInfo(name, code, (count, *beyond), sources[own][1].file, 0, count * self._row_bytes)
         self._padding: Tensor | None = None
@@ -107,7 +109,7 @@ class ReorderedTensor:
 
     def _fill(self, first: int, memory: memoryview | bytearray, padding: bool = True) -> None:
         """Whole rows from row `first` on; without `padding` its rows stay as they are."""
-        out = torch.frombuffer(memory, dtype=torch.uint8).view(-1, self._row_bytes)
+        out = self._as_rows(memory)
         source, row = self._rows.source[first : first + len(out)], self._rows.row[first : first + len(out)]
         for number in source.unique().tolist():
             at = (source == number).nonzero().flatten()
@@ -117,9 +119,16 @@ class ReorderedTensor:
                 self._means(row[at], at, out)
             elif number == PADDING:
                 if padding:
-                    out[at] = self._padding_row()
+                    out[at] = self._padding_row().view(out.dtype)
             else:
                 self._gather(number, row[at], at, out, memoryview(memory))
+
+    def _as_rows(self, memory: memoryview | bytearray, unit: torch.dtype | None = None) -> Tensor:
+        """[rows, units of a row]."""
+        out = torch.frombuffer(memory, dtype=torch.uint8)
+        if unit is None:
+            unit = self._unit if out.data_ptr() % self._unit.itemsize == 0 else torch.uint8
+        return out.view(unit).view(-1, self._row_bytes // unit.itemsize)
 
     def _gather(self, number: int, rows: Tensor, at: Tensor, out: Tensor, memory: memoryview) -> None:
         """out[at] = the rows of a source; `memory` is that of `out`."""
@@ -136,16 +145,28 @@ class ReorderedTensor:
             self._gather_scattered(number, rows, at, out)
 
     def _gather_scattered(self, number: int, rows: Tensor, at: Tensor, out: Tensor) -> None:
+        """The same for rows here and there: neighbours are read in one piece, and many pieces are put in place at once."""
         rows, order = rows.sort()
         at = at[order]
-        block = rows * self._row_bytes // BLOCK
-        ends = ((rows.diff() * self._row_bytes > GAP) | (block.diff() != 0)).nonzero().flatten() + 1
-        bounds = [0, *ends.tolist(), len(rows)]
-        for begin, end in zip(bounds, bounds[1:]):
-            low, high = int(rows[begin]), int(rows[end - 1]) + 1
-            scratch = bytearray((high - low) * self._row_bytes)
-            self._read(number, low, memoryview(scratch))
-            out[at[begin:end]] = torch.frombuffer(scratch, dtype=torch.uint8).view(-1, self._row_bytes)[rows[begin:end] - low]
+        in_block = rows * self._row_bytes // BLOCK
+        new = torch.ones(len(rows), dtype=torch.bool)  # where a piece begins
+        new[1:] = (rows.diff() * self._row_bytes > GAP) | (in_block.diff() != 0)
+        first = new.nonzero().flatten()
+        low = rows[first]
+        count = rows[torch.cat([first[1:], torch.tensor([len(rows)])]) - 1] + 1 - low
+        begin = count.cumsum(0) - count  # of each piece, in rows, if all lay one after another
+        there = (begin - low)[new.cumsum(0) - 1] + rows
+        batch = (begin * self._row_bytes // BLOCK).unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+        low, count, begin, first = low.tolist(), count.tolist(), begin.tolist(), [*first.tolist(), len(rows)]
+        for start, end in zip([0, *batch], batch):
+            base = begin[start]
+            scratch = bytearray((begin[end - 1] + count[end - 1] - base) * self._row_bytes)
+            view = memoryview(scratch)
+            for piece in range(start, end):
+                position = (begin[piece] - base) * self._row_bytes
+                self._read(number, low[piece], view[position : position + count[piece] * self._row_bytes])
+            members = slice(first[start], first[end])
+            out[at[members]] = self._as_rows(scratch, out.dtype).index_select(0, there[members] - base)
 
     def _read(self, number: int, row: int, target: memoryview) -> None:
         """Consecutive rows of a source, in this tensor's dtype."""
@@ -174,12 +195,11 @@ class ReorderedTensor:
                 if len(present):
                     total[present] += self._values(number, rows[present]).to(self._compute)
             total /= (members >= 0).sum(0).unsqueeze(1)
-            out[there] = total.to(self._dtype).view(torch.uint8).view(-1, self._row_bytes)
+            out[there] = total.to(self._dtype).view(out.dtype)
 
     def _values(self, number: int, rows: Tensor) -> Tensor:
         memory = bytearray(len(rows) * self._row_bytes)
-        out = torch.frombuffer(memory, dtype=torch.uint8).view(-1, self._row_bytes)
-        self._gather(number, rows, torch.arange(len(rows)), out, memoryview(memory))
+        self._gather(number, rows, torch.arange(len(rows)), self._as_rows(memory), memoryview(memory))
         return torch.frombuffer(memory, dtype=self._dtype).view(-1, self._width)
 
     def _padding_row(self) -> Tensor:
