@@ -13,7 +13,7 @@ from .._version import __version__
 from ..merge_methods.registry import Method, get_method, methods
 from ..recipe.problems import Problems, did_you_mean
 from ..recipe.schema import Recipe, parse_recipe
-from ..recipe.source import read_source
+from ..recipe.source import Source, read_source
 from . import dtypes
 from .align import Alignment, align_vocabularies, pad_vocabularies
 from .changes import Changes, choose_chat_template, layer_changes
@@ -112,7 +112,7 @@ def _distinct(inputs: tuple[tuple[int, TensorInfo], ...]) -> list[TensorInfo]:
 
 
 def make_plan(
-    recipe: str | os.PathLike | Mapping | Recipe,
+    recipe: str | os.PathLike | Mapping | Recipe | Source,
     out: str | os.PathLike | None = None,
     *,
     shard_size: int = 5_000_000_000,
@@ -121,15 +121,17 @@ def make_plan(
     out_dtype: str | None = None,
     seed: int | None = None,
     download: bool = False,
+    named: Mapping[str, Path] | None = None,
 ) -> Plan:
     """Check a recipe against the models it names and lay out the work. Reads headers and config.json, no tensors; writes nothing.
 
     Args:
-        recipe: a YAML or JSON file, a mapping of the same form, or a :class:`Recipe`.
+        recipe: a YAML or JSON file, a mapping of the same form, or either of them read already.
         out: where the result is to go, to check that too: a folder, or a .safetensors file. None plans for a folder.
         shard_size: bytes of tensors in one file, at most; a larger tensor has a file of its own.
         force: an existing `out` may be replaced.
         download: fetch models that the recipe names by hub id and that are not in the Hugging Face cache.
+        named: paths of models that the recipe names by the names of other recipes in its file.
         dtype, out_dtype, seed: override the recipe's; dtypes as torch calls them ("bfloat16").
 
     Raises:
@@ -143,7 +145,7 @@ def make_plan(
             parsed = parsed.replace(parameters={**parsed.parameters, "seed": seed})
         else:
             problems.warnings.append(f"the seed is not used: {method.name!r} is not random")
-    sources = open_sources(parsed, problems, download)
+    sources = open_sources(parsed, problems, download, named)
     try:
         return _complete(parsed, method, sources, problems, None if out is None else Path(out), shard_size, force)
     except BaseException:
@@ -154,7 +156,7 @@ def make_plan(
 def _read(recipe) -> tuple[Recipe, Problems]:
     if isinstance(recipe, Recipe):
         return recipe, Problems()
-    source = read_source(recipe)
+    source = recipe if isinstance(recipe, Source) else read_source(recipe)
     problems = Problems(source.label, source.lines)
     return parse_recipe(source, problems), problems
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,14 @@ class Sources:
             checkpoint.close()
 
 
-def open_sources(recipe: Recipe, problems: Problems, download: bool = False) -> Sources:
+def open_sources(recipe: Recipe, problems: Problems, download: bool = False, named: Mapping[str, Path] | None = None) -> Sources:
     """Open what a recipe names; everything wrong goes to `problems`."""
     sources = Sources()
     opened: dict[tuple[Path, ...], int | None] = {}
     for place, reference in recipe.references():
         if reference in sources.indices:
             continue
-        located = locate(reference, recipe.folder, place, problems, download)
+        located = locate(reference, recipe.folder, place, problems, download, named)
         index = None
         if located is not None:
             key = tuple(path.resolve() for path in (located.path, *located.adapters))
@@ -92,6 +93,8 @@ def _open(located: Located, name: str, place: Place, sources: Sources, problems:
         )
     if not store.tensors:
         problems.add(place, f"{path} has no tensors")
+    for warning in getattr(store, "warnings", ()):
+        problems.warn(place, warning)
     sources.checkpoints.append(store)
     sources.names.append(name)
     sources.places.append(place)

@@ -36,23 +36,34 @@ class Ties:
 
 
 def find_ties(sources: Sources) -> Ties:
-    """Tied heads of all checkpoints, by their config.json and the names of their tensors."""
+    """Tied tensors of all checkpoints: told by config.json and the usual names, or by a file in which two names are one piece of memory."""
     hidden, kept = set(), []
     aliases: dict[int, dict[str, str]] = {}
+    shared = [_shared(sources, i) for i in range(len(sources.checkpoints))]
     heads = dict.fromkeys(n for store in sources.checkpoints for n in store.tensors if _HEAD.search(n) and not find_layer(n))
-    for head in heads:
+    for head in heads | dict.fromkeys(n for names in shared for n in names):
         holders = [i for i, store in enumerate(sources.checkpoints) if head in store.tensors]
-        if all(_says_tied(sources.configs[i]) is True and _embedding(sources, i, head) for i in holders):
+        tied = [head in shared[i] or (_says_tied(sources.configs[i]) is True and _embedding(sources, i, head)) for i in holders]
+        if all(tied):
             hidden.add(head)
-            kept += [sources.names[i] for i in holders]
+            kept += [sources.names[i] for i in holders if head not in shared[i]]
             continue
         for i in range(len(sources.checkpoints)):  # without a head and a word about it, a model is tied: that is transformers' default
-            if i in holders or sources.configs[i] is None or _says_tied(sources.configs[i]) is False:
+            if i in holders or head not in heads or sources.configs[i] is None or _says_tied(sources.configs[i]) is False:
                 continue
             embedding = _embedding(sources, i, head, sources.checkpoints[holders[0]].tensors[head])
             if embedding:
                 aliases.setdefault(i, {})[head] = embedding
     return Ties(frozenset(hidden), aliases, bool(aliases), tuple(dict.fromkeys(kept)))
+
+
+def _shared(sources: Sources, index: int) -> set[str]:
+    """Names in a file that are another name's memory, and that whoever reads the config ties again."""
+    store, config = sources.checkpoints[index], sources.configs[index]
+    if config is None or _says_tied(config) is False:
+        return set()
+    pairs = getattr(store, "aliases", {}).items()
+    return {first if _HEAD.search(first) and not _HEAD.search(name) else name for name, first in pairs}
 
 
 def _says_tied(config: Mapping[str, Any] | None) -> bool | None:

@@ -12,7 +12,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|resblocks|decoder_l
 
 # Tensors outside the layers. GPT-NeoX calls its head embed_out.
 _BEFORE = re.compile(
-    r"embed(?!_out)|(?:^|[._])(?:emb|wte|wpe|shared|patch_conv|conv1|conv2|ln_pre|project_in|rotary)(?:[._]|$)|class_embedding"
+    r"embed(?!_out)|(?:^|[._])(?:emb|wte|wpe|shared|patch_conv|conv1|conv2|ln_pre|layernorm_pre|project_in|rotary|relative_pe)(?:[._]|$)|class_embedding"
 )
 _AFTER = re.compile(
     r"embed_out|norm|(?:^|[._])(?:ln_f|ln_post|head|lm_head|output|output_layer|score|classifier|pre_classifier|pooler|cls|predictions|"

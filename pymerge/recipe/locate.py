@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -20,19 +21,30 @@ class Located:
     adapters: tuple[FilePath, ...] = ()
 
 
-def locate(reference: ModelReference, folder: FilePath | None, path: Path, problems: Problems, download: bool = False) -> Located | None:
+def locate(
+    reference: ModelReference,
+    folder: FilePath | None,
+    path: Path,
+    problems: Problems,
+    download: bool = False,
+    named: Mapping[str, FilePath] | None = None,
+) -> Located | None:
     """The files that `reference` means, None when there are none (which goes to `problems`).
 
     A relative path is looked up in the recipe's folder first, so that a recipe means the same wherever it is run from, and in the current
     folder second. When both exist and differ the recipe's folder wins, with a warning. What is no path is a hub id, looked up in the
-    Hugging Face cache and, with `download`, on the hub.
+    Hugging Face cache and, with `download`, on the hub. Before all that, `named` knows the results of other recipes in the same file.
     """
+    named = named or {}
     try:
-        parts = reference.split(lambda text: bool(_existing(text, folder)[0]))
+        parts = reference.split(lambda text: text in named or bool(_existing(text, folder)[0]))
     except ValueError as error:
         problems.add(path, str(error))
         return None
-    found = [_locate_one(part, folder, path, problems, download) for part in (parts.model, *parts.adapters)]
+    found = [
+        named[part.path] if part.revision is None and part.path in named else _locate_one(part, folder, path, problems, download)
+        for part in (parts.model, *parts.adapters)
+    ]
     if None in found:
         return None
     return Located(found[0], tuple(found[1:]))

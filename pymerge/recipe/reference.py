@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,11 @@ class ModelReference:
         if self.override_architecture:
             value["override_architecture"] = self.override_architecture
         return value
+
+    def stem(self, names: Container[str]) -> str | None:
+        """Which of `names` the model is, without its adapters; None when it is none of them."""
+        found = self.split(names.__contains__).model
+        return found.path if found.revision is None and found.path in names else None
 
     def split(self, exists: Callable[[str], bool]) -> ModelReference:
         """The reference with its marks read, where it has any.

@@ -42,7 +42,7 @@ def read_source(recipe: str | os.PathLike | Mapping) -> Source:
     """
     sources = read_sources(recipe)
     if len(sources) > 1:
-        raise _failure(sources[0].label, None, f"holds {len(sources)} recipes, and one is wanted here; write this one to a file of its own")
+        raise _failure(sources[0].label, None, f"holds {len(sources)} recipes, and one is wanted here; `pymerge merge` takes them all")
     return sources[0]
 
 

@@ -119,7 +119,12 @@ def test_not_a_recipe(tmp_path, text, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{\n ]", ":2: is not valid JSON"), ('{"a": 1, "a": 2}', "'a' occurs twice"), ("[" * 100_000, "nested too deep"), ("[]", "an empty list")],
+    [
+        ("{\n ]", ":2: is not valid JSON"),
+        ('{"a": 1, "a": 2}', "'a' occurs twice"),
+        ("[" * 100_000, "nested too deep"),
+        ("[]", "an empty list"),
+    ],
 )
 def test_bad_json(tmp_path, text, message):
     assert message in problems_of(text, tmp_path, "r.json")[0]
