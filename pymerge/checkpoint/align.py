@@ -12,11 +12,11 @@ from ..recipe.problems import Path as Place
 from ..recipe.problems import Problems
 from ..recipe.reference import ModelReference
 from ..recipe.tokenizer import TokenizerSpec, TokenSpec
-from ..tokenizer.config import with_special_ids, with_vocab_size
+from ..tokenizer.config import set_special_ids, set_vocab_size
 from ..tokenizer.extending import PLAIN, extend, matches_ordinary, union
-from ..tokenizer.reading import TOKENIZER_FILES, Tokenizer, read_tokenizer
+from ..tokenizer.reading import MAX_ID, TOKENIZER_FILES, Tokenizer, read_tokenizer
 from ..tokenizer.rows import Override, ids_in_models, rows_of_models
-from .extras import read_json, read_small
+from .extras import read_json, to_json
 from .format import CheckpointError, TensorInfo
 from .sources import Sources
 from .store import TensorStore
@@ -117,6 +117,9 @@ def align_vocabularies(
     size = tokenizer.size
     if spec.pad_to_multiple_of:
         size += -size % spec.pad_to_multiple_of
+    if size > MAX_ID:
+        problems.add((*place, "pad_to_multiple_of"), f"makes {size} rows of {tokenizer.size}; more than {MAX_ID} are surely a mistake")
+        return None
     ids = ids_in_models(tokenizer.ids, [(m.tokenizer.ids if m.tokenizer and m.merged else {}, m.rows) for m in models])
     used = torch.zeros(tokenizer.size, dtype=torch.bool)
     used[torch.tensor(list(tokenizer.ids.values()))] = True
@@ -315,7 +318,11 @@ def _reordered(
                 changed[i][name] = ReorderedTensor(name, sources, position, rows)
     if not good:
         return None
-    return tuple(VocabularyStore(model.store, tensors) if tensors else model.store for model, tensors in zip(models, changed, strict=True))
+    read = [model.store.folder / name for model in models if model.tokenizer and model.store.folder for name in model.tokenizer.contents]
+    files = [file for file in read if file.is_file()]  # a model may have the tokenizer of another
+    return tuple(
+        VocabularyStore(model.store, tensors, files) if tensors else model.store for model, tensors in zip(models, changed, strict=True)
+    )
 
 
 def _rows_among(having: Sequence[int], ids: Tensor, base: int | None, overrides: Mapping[int, Override], used: Tensor, size: int) -> list:
@@ -330,16 +337,17 @@ def _configs(
 ) -> dict[str, bytes]:
     """The donor's configs with the new size and, when the tokenizer is taken from elsewhere (`source`), its special tokens."""
     folder = donor.store.folder
-    files = {name: read_small(folder / name) for name in CONFIGS if folder is not None and (folder / name).is_file()}
+    read = {name: read_json(folder / name) for name in CONFIGS} if folder is not None else {}
+    configs = {name: config for name, config in read.items() if config is not None}
     if source is not None and tokenizer is not None and donor.tokenizer is not None:
         texts = {number: token for token, number in donor.tokenizer.ids.items()}
-        for name, raw in files.items():
+        for name, config in configs.items():
             theirs = read_json(source.folder / name) or {}
-            files[name], lost = with_special_ids(raw, theirs, lambda number: tokenizer.ids.get(texts.get(number, "")))
+            lost = set_special_ids(config, theirs, lambda number: tokenizer.ids.get(texts.get(number, "")))
             if lost:
                 problems.warn(
                     place, f"{name}: {', '.join(lost)} of {donor.name} is null now: the tokenizer of {source.folder} has no such token"
                 )
-    if "config.json" in files and size != donor.rows:
-        files["config.json"] = with_vocab_size(files["config.json"], donor.rows, size)
-    return files
+    if "config.json" in configs and size != donor.rows:
+        set_vocab_size(configs["config.json"], donor.rows, size)
+    return {name: to_json(config) for name, config in configs.items()}

@@ -8,7 +8,7 @@ that lie together in their file, so that a vocabulary to which a few tokens were
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -231,16 +231,16 @@ class VocabularyStore:
 
     Attributes:
         path, folder: of the store.
-        files: of the store and of those whose rows it takes.
+        files: of the store and of those whose rows it takes, and those that say which rows.
         tensors: name -> where it lies, in the store's order; a re-ordered tensor has the output's number of rows.
         nbytes: of all tensors.
     """
 
-    def __init__(self, store: TensorStore, reordered: Mapping[str, ReorderedTensor]) -> None:
+    def __init__(self, store: TensorStore, reordered: Mapping[str, ReorderedTensor], files: Iterable[Path] = ()) -> None:
         self.path = store.path
         self.folder = store.folder
         self._stores = list({id(s): s for s in [store, *(s for tensor in reordered.values() for s in tensor.used)]}.values())
-        self.files: tuple[Path, ...] = tuple(dict.fromkeys(file for s in self._stores for file in s.files))
+        self.files: tuple[Path, ...] = tuple(dict.fromkeys([*(file for s in self._stores for file in s.files), *files]))
         self.tensors: dict[str, TensorInfo] = {**store.tensors, **{name: tensor.info for name, tensor in reordered.items()}}
         self.nbytes = sum(info.nbytes for info in self.tensors.values())
         self._reordered = dict(reordered)

@@ -8,13 +8,13 @@ encoded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..checkpoint.extras import to_json
 from ..checkpoint.format import CheckpointError
-from .reading import FLAGS, Tokenizer
+from .reading import FLAGS, Tokenizer, load_object
 
 __all__ = ["PLAIN", "extend", "matches_ordinary", "union"]
 
@@ -45,7 +45,7 @@ def matches_ordinary(tokenizer: Tokenizer) -> bool:
     """Whether ordinary tokens appended to the vocabulary would be found in text: words are looked up, not built by merges or by scores."""
     if tokenizer.kind != "tokenizer.json":
         return tokenizer.kind == "vocab.txt"
-    model = json.loads(tokenizer.contents["tokenizer.json"])["model"]
+    model = load_object(tokenizer.contents, "tokenizer.json", tokenizer.folder)["model"]
     if isinstance(model["vocab"], list):
         return False
     return "merges" not in model or bool(model.get("ignore_merges"))
@@ -64,11 +64,11 @@ def extend(tokenizer: Tokenizer, new: Mapping[str, dict[str, bool] | None]) -> T
     ordinary = any(flags is None for flags in new.values())
     contents = dict(tokenizer.contents)
     if "tokenizer.json" in contents:
-        data = json.loads(contents["tokenizer.json"])
+        data = load_object(contents, "tokenizer.json", tokenizer.folder)
         _extend_tokenizer_json(data, ids, added, tokenizer)
-        contents["tokenizer.json"] = _dump(data)
+        contents["tokenizer.json"] = to_json(data)
     if "vocab.json" in contents:
-        contents["vocab.json"] = _dump({**json.loads(contents["vocab.json"]), **ids})
+        contents["vocab.json"] = to_json({**load_object(contents, "vocab.json", tokenizer.folder), **ids})
     if "vocab.txt" in contents:
         contents["vocab.txt"] = _longer_list(contents["vocab.txt"], ids, tokenizer)
     if ordinary and "tokenizer.model" in contents:
@@ -81,12 +81,12 @@ def extend(tokenizer: Tokenizer, new: Mapping[str, dict[str, bool] | None]) -> T
         del contents["tokenizer.model"]  # it would stand for a smaller vocabulary than tokenizer.json
     entries = sorted((ids[token], token) for token in added)
     if "tokenizer_config.json" in contents or tokenizer.kind != "tokenizer.json":
-        config = json.loads(contents.get("tokenizer_config.json", b"{}"))
+        config = load_object(contents, "tokenizer_config.json", tokenizer.folder)
         config["added_tokens_decoder"] = {str(number): {"content": token, **added[token]} for number, token in entries}
-        contents["tokenizer_config.json"] = _dump(config)
+        contents["tokenizer_config.json"] = to_json(config)
     if "added_tokens.json" in contents or tokenizer.kind == "tokenizer.model":
-        before = json.loads(contents.get("added_tokens.json", b"{}"))
-        contents["added_tokens.json"] = _dump({**before, **{token: ids[token] for token in new if token in added}})
+        before = load_object(contents, "added_tokens.json", tokenizer.folder)
+        contents["added_tokens.json"] = to_json({**before, **{token: ids[token] for token in new if token in added}})
     return replace(tokenizer, ids=ids, added=added, contents=contents)
 
 
@@ -124,7 +124,3 @@ def _longer_list(raw: bytes, ids: Mapping[str, int], tokenizer: Tokenizer) -> by
     if broken:
         raise CheckpointError(f"{tokenizer.folder / 'vocab.txt'}: cannot hold the token {broken[0]!r}, which has a line break")
     return ("\n".join([*lines, *more]) + "\n").encode()
-
-
-def _dump(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

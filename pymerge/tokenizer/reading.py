@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from ..checkpoint.extras import read_small
 from ..checkpoint.format import CheckpointError, load_json
 
-__all__ = ["FLAGS", "TOKENIZER_FILES", "Tokenizer", "read_tokenizer"]
+__all__ = ["FLAGS", "MAX_ID", "TOKENIZER_FILES", "Tokenizer", "load_object", "read_tokenizer"]
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -91,12 +92,22 @@ def read_tokenizer(folder: Path, known: dict[tuple, Tokenizer] | None = None) ->
     return tokenizer
 
 
-def _object(contents: dict[str, bytes], name: str, folder: Path) -> dict[str, Any]:
+def load_object(contents: Mapping[str, bytes], name: str, folder: Path) -> dict[str, Any]:
+    """One of the files of a folder as a JSON object, empty when there is none.
+
+    Raises:
+        CheckpointError: it is none.
+    """
     if name not in contents:
         return {}
     value = load_json(contents[name], str(folder / name))
     if not isinstance(value, dict):
         raise CheckpointError(f"{folder / name}: is not a JSON object")
+    if b"\\u" in contents[name]:
+        try:  # JSON can spell half of a surrogate pair, which no file can hold again
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{folder / name}: has a text that is not Unicode") from None
     return value
 
 
@@ -116,7 +127,7 @@ def _flags(entry: dict[str, Any]) -> dict[str, bool]:
 
 def _from_tokenizer_json(contents: dict[str, bytes], folder: Path) -> tuple[dict[str, int], dict[str, dict[str, bool]]]:
     what = str(folder / "tokenizer.json")
-    data = _object(contents, "tokenizer.json", folder)
+    data = load_object(contents, "tokenizer.json", folder)
     model = data.get("model")
     if not isinstance(model, dict) or "vocab" not in model:
         raise CheckpointError(f"{what}: has no model.vocab")
@@ -142,7 +153,7 @@ def _from_tokenizer_json(contents: dict[str, bytes], folder: Path) -> tuple[dict
 
 
 def _from_vocab_json(contents: dict[str, bytes], folder: Path) -> tuple[dict[str, int], dict]:
-    return _checked(_object(contents, "vocab.json", folder), str(folder / "vocab.json")), {}
+    return _checked(load_object(contents, "vocab.json", folder), str(folder / "vocab.json")), {}
 
 
 def _from_vocab_txt(contents: dict[str, bytes], folder: Path) -> tuple[dict[str, int], dict]:
@@ -181,7 +192,7 @@ _READERS: dict[str, Callable[[dict[str, bytes], Path], tuple[dict[str, int], dic
 
 def _add_declared(ids: dict[str, int], added: dict[str, dict[str, bool]], contents: dict[str, bytes], folder: Path) -> None:
     """Tokens that tokenizer_config.json or, failing that, added_tokens.json adds to the vocabulary."""
-    decoder = _object(contents, "tokenizer_config.json", folder).get("added_tokens_decoder")
+    decoder = load_object(contents, "tokenizer_config.json", folder).get("added_tokens_decoder")
     if isinstance(decoder, dict):
         source = "tokenizer_config.json"
         declared = {}
@@ -191,7 +202,7 @@ def _add_declared(ids: dict[str, int], added: dict[str, dict[str, bool]], conten
             declared[entry["content"]] = (int(number), _flags(entry))
     else:
         source = "added_tokens.json"
-        numbers = _checked(_object(contents, source, folder), str(folder / source))
+        numbers = _checked(load_object(contents, source, folder), str(folder / source))
         declared = {token: (number, {**FLAGS, "normalized": False}) for token, number in numbers.items()}
     numbers = _checked({token: number for token, (number, _) in declared.items()}, str(folder / source))
     taken = {number: token for token, number in ids.items()}
@@ -206,7 +217,7 @@ def _add_declared(ids: dict[str, int], added: dict[str, dict[str, bool]], conten
 
 def _named_tokens(contents: dict[str, bytes], folder: Path) -> Iterator[tuple[str, dict[str, bool]]]:
     """Special tokens by role, in the order in which transformers adds them."""
-    config = {**_object(contents, "special_tokens_map.json", folder), **_object(contents, "tokenizer_config.json", folder)}
+    config = {**load_object(contents, "special_tokens_map.json", folder), **load_object(contents, "tokenizer_config.json", folder)}
     more = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
     listed = [item for value in more if isinstance(value, dict | list) for item in (value.values() if isinstance(value, dict) else value)]
     for value in [*(config.get(role) for role in NAMED), *listed]:
