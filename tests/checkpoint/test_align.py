@@ -223,6 +223,7 @@ def test_padding_without_tokenizers(models, tmp_path):
 ERRORS = {
     "no such token": ({"tokens": {"<|x|>": {"source": "B"}}}, r"tokenizer.tokens.<\|x\|>: .*b has no token '<\|x\|>'; take it from"),
     "row": ({"tokens": {"a": {"source": {"kind": "model_token", "model": "B", "token_id": 9999}}}}, "token_id is 9999, but .*b has"),
+    "rows": ({"pad_to_multiple_of": 10**9}, "pad_to_multiple_of: makes 1000000000 rows of .*; more than"),
     "tensors": ({"tensors": [EMBED, "model.norm.weight"]}, "has 16 rows"),
 }  # fmt: skip
 

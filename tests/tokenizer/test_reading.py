@@ -99,6 +99,7 @@ BAD = {
     "added": ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}, "added_tokens is not a list of tokens"),
     "gap": ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 5, "content": "b"}]}, "'b' has id 5, but .* give it id 1"),
     "other id": ({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "b"}]}, "'b' has id 2, but .* id 1"),
+    "half a character": ({"model": {"vocab": {"\ud800": 0}}}, "has a text that is not Unicode"),
     "a list": ([], "tokenizer.json: is not a JSON object"),
 }
 
