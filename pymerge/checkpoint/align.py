@@ -13,7 +13,7 @@ from ..recipe.problems import Problems
 from ..recipe.reference import ModelReference
 from ..recipe.tokenizer import TokenizerSpec, TokenSpec
 from ..tokenizer.config import set_special_ids, set_vocab_size
-from ..tokenizer.extending import PLAIN, extend, matches_ordinary, union
+from ..tokenizer.extending import PLAIN, extend, union
 from ..tokenizer.reading import MAX_ID, TOKENIZER_FILES, Tokenizer, read_tokenizer
 from ..tokenizer.rows import Override, ids_in_models, rows_of_models
 from .extras import read_json, to_json
@@ -207,7 +207,7 @@ def _choose(
     new = union(source, others)
     ordinary = sum(flags is None for flags in new.values())
     try:
-        if ordinary and matches_ordinary(source):
+        if ordinary and source.looks_up:
             problems.warn(
                 place,
                 f"{ordinary} ordinary tokens of other models are added to a vocabulary in which words are looked up: words that they spell "

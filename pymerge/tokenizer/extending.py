@@ -8,6 +8,7 @@ encoded.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from ..checkpoint.extras import to_json
 from ..checkpoint.format import CheckpointError
 from .reading import FLAGS, Tokenizer, load_object
 
-__all__ = ["PLAIN", "extend", "matches_ordinary", "union"]
+__all__ = ["PLAIN", "extend", "union"]
 
 PLAIN = {**FLAGS, "normalized": False}
 """Flags of a token that a recipe adds: found in text as it is written."""
@@ -41,16 +42,6 @@ def union(first: Tokenizer, others: Iterable[tuple[Tokenizer, int]]) -> dict[str
     return new
 
 
-def matches_ordinary(tokenizer: Tokenizer) -> bool:
-    """Whether ordinary tokens appended to the vocabulary would be found in text: words are looked up, not built by merges or by scores."""
-    if tokenizer.kind != "tokenizer.json":
-        return tokenizer.kind == "vocab.txt"
-    model = load_object(tokenizer.contents, "tokenizer.json", tokenizer.folder)["model"]
-    if isinstance(model["vocab"], list):
-        return False
-    return "merges" not in model or bool(model.get("ignore_merges"))
-
-
 def extend(tokenizer: Tokenizer, new: Mapping[str, dict[str, bool] | None]) -> Tokenizer:
     """The tokenizer with the tokens of `new` (see :func:`union`) behind its own.
 
@@ -66,9 +57,9 @@ def extend(tokenizer: Tokenizer, new: Mapping[str, dict[str, bool] | None]) -> T
     if "tokenizer.json" in contents:
         data = load_object(contents, "tokenizer.json", tokenizer.folder)
         _extend_tokenizer_json(data, ids, added, tokenizer)
-        contents["tokenizer.json"] = to_json(data)
+        contents["tokenizer.json"] = _compact(data)
     if "vocab.json" in contents:
-        contents["vocab.json"] = to_json({**load_object(contents, "vocab.json", tokenizer.folder), **ids})
+        contents["vocab.json"] = _compact({**load_object(contents, "vocab.json", tokenizer.folder), **ids})
     if "vocab.txt" in contents:
         contents["vocab.txt"] = _longer_list(contents["vocab.txt"], ids, tokenizer)
     if ordinary and "tokenizer.model" in contents:
@@ -124,3 +115,8 @@ def _longer_list(raw: bytes, ids: Mapping[str, int], tokenizer: Tokenizer) -> by
     if broken:
         raise CheckpointError(f"{tokenizer.folder / 'vocab.txt'}: cannot hold the token {broken[0]!r}, which has a line break")
     return ("\n".join([*lines, *more]) + "\n").encode()
+
+
+def _compact(data: Any) -> bytes:
+    """JSON on one line: with indents, a vocabulary of usual size takes Python seconds."""
+    return json.dumps(data, ensure_ascii=False).encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": T
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+_Vocabulary = tuple[dict[str, int], dict[str, dict[str, bool]], bool]
+"""Tokenizer.ids, .added and .looks_up."""
+
 MAX_ID = 1 << 24
 """A damaged file must not ask for memory: the largest vocabularies have about a million tokens."""
 
@@ -38,6 +42,8 @@ class Tokenizer:
         ids: token -> id, added tokens included.
         added: added token -> its flags (FLAGS).
         contents: the files, by name.
+        looks_up: whether words are looked up in the vocabulary (WordPiece, word level, BPE that ignores its merges), and not built by
+            merges or scores: then a token is found in text for the mere reason that it is there.
     """
 
     folder: Path
@@ -45,15 +51,12 @@ class Tokenizer:
     ids: dict[str, int]
     added: dict[str, dict[str, bool]]
     contents: dict[str, bytes]
+    looks_up: bool
 
-    @property
+    @cached_property
     def size(self) -> int:
         """One more than the largest id."""
         return max(self.ids.values(), default=-1) + 1
-
-    def named_ids(self) -> set[int]:
-        """Ids of the special tokens that tokenizer_config.json and special_tokens_map.json name."""
-        return {self.ids[token] for token, _ in _named_tokens(self.contents, self.folder)}
 
 
 def read_tokenizer(folder: Path, known: dict[tuple, Tokenizer] | None = None) -> Tokenizer | None:
@@ -80,13 +83,13 @@ def read_tokenizer(folder: Path, known: dict[tuple, Tokenizer] | None = None) ->
                 f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
             )
         return None
-    ids, added = _READERS[kind](contents, folder)
+    ids, added, looks_up = _READERS[kind](contents, folder)
     _add_declared(ids, added, contents, folder)
     for token, flags in _named_tokens(contents, folder):
         if token not in ids:  # transformers appends them when it loads the tokenizer
             ids[token] = max(ids.values(), default=-1) + 1
         added.setdefault(token, flags)
-    tokenizer = Tokenizer(folder, kind, ids, added, contents)
+    tokenizer = Tokenizer(folder, kind, ids, added, contents, looks_up)
     if known is not None:
         known[key] = tokenizer
     return tokenizer
@@ -125,7 +128,7 @@ def _flags(entry: dict[str, Any]) -> dict[str, bool]:
     return {key: bool(entry.get(key, default)) for key, default in FLAGS.items()}
 
 
-def _from_tokenizer_json(contents: dict[str, bytes], folder: Path) -> tuple[dict[str, int], dict[str, dict[str, bool]]]:
+def _from_tokenizer_json(contents: dict[str, bytes], folder: Path) -> _Vocabulary:
     what = str(folder / "tokenizer.json")
     data = load_object(contents, "tokenizer.json", folder)
     model = data.get("model")
@@ -149,23 +152,24 @@ def _from_tokenizer_json(contents: dict[str, bytes], folder: Path) -> tuple[dict
         if number != actual:
             raise CheckpointError(f"{what}: says that {token!r} has id {number}, but as it is written tokenizers give it id {actual}")
         last = max(last, actual)
-    return ids, added
+    looks_up = isinstance(model["vocab"], dict) and ("merges" not in model or bool(model.get("ignore_merges")))
+    return ids, added, looks_up
 
 
-def _from_vocab_json(contents: dict[str, bytes], folder: Path) -> tuple[dict[str, int], dict]:
-    return _checked(load_object(contents, "vocab.json", folder), str(folder / "vocab.json")), {}
+def _from_vocab_json(contents: dict[str, bytes], folder: Path) -> _Vocabulary:
+    return _checked(load_object(contents, "vocab.json", folder), str(folder / "vocab.json")), {}, False
 
 
-def _from_vocab_txt(contents: dict[str, bytes], folder: Path) -> tuple[dict[str, int], dict]:
+def _from_vocab_txt(contents: dict[str, bytes], folder: Path) -> _Vocabulary:
     try:
         text = contents["vocab.txt"].decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{folder / 'vocab.txt'}: is not UTF-8 text (byte {error.start})") from None
     # One token per line; str.splitlines would also break at U+2028 and its like, which are tokens.
-    return {token.removesuffix("\r"): i for i, token in enumerate(text.removesuffix("\n").split("\n"))}, {}
+    return {token.removesuffix("\r"): i for i, token in enumerate(text.removesuffix("\n").split("\n"))}, {}, True
 
 
-def _from_sentencepiece(contents: dict[str, bytes], folder: Path) -> tuple[dict[str, int], dict]:
+def _from_sentencepiece(contents: dict[str, bytes], folder: Path) -> _Vocabulary:
     path = folder / "tokenizer.model"
     try:
         import sentencepiece
@@ -179,10 +183,10 @@ def _from_sentencepiece(contents: dict[str, bytes], folder: Path) -> tuple[dict[
         processor.LoadFromSerializedProto(contents["tokenizer.model"])
     except RuntimeError as error:
         raise CheckpointError(f"{path}: is not a SentencePiece model: {error}") from None
-    return {processor.IdToPiece(i): i for i in range(processor.GetPieceSize())}, {}
+    return {processor.IdToPiece(i): i for i in range(processor.GetPieceSize())}, {}, False
 
 
-_READERS: dict[str, Callable[[dict[str, bytes], Path], tuple[dict[str, int], dict[str, dict[str, bool]]]]] = {
+_READERS: dict[str, Callable[[dict[str, bytes], Path], _Vocabulary]] = {
     "tokenizer.json": _from_tokenizer_json,
     "vocab.json": _from_vocab_json,
     "vocab.txt": _from_vocab_txt,

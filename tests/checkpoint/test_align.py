@@ -13,6 +13,7 @@ from pymerge.recipe import RecipeError
 transformers = pytest.importorskip("transformers")
 
 from ..tokenizer.files import save_llama, save_tokenizer  # noqa: E402
+from .files import tree  # noqa: E402
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -34,11 +35,11 @@ def vocabulary(folder) -> dict[str, int]:
     return transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
 
 
-def run(models, tmp_path, **recipe):
+def run(models, tmp_path, threads=1, **recipe):
     folder, _ = models
     named = {"merge_method": "linear", "base_model": str(folder / "zero"), **recipe}
     named.setdefault("models", [{"model": str(folder / name), "parameters": {"weight": 1.0}} for name in ("zero", "a", "b")])
-    report = merge(named, tmp_path / "out")
+    report = merge(named, tmp_path / "out", threads=threads, force=True)
     return report, load_file(tmp_path / "out" / "model.safetensors"), vocabulary(tmp_path / "out")
 
 
@@ -129,6 +130,9 @@ def test_padding_to_a_multiple(models, tmp_path):
     expected = sum(filled(models, name, EMBED, out).mean(0) for name in ("zero", "a", "b")) / 3
     torch.testing.assert_close(merged[EMBED][len(out) :], expected.expand(rows - len(out), -1), rtol=1e-5, atol=1e-6)
     assert not any("rounds that up" in warning for warning in report.warnings)
+    first = tree(tmp_path / "out")
+    run(models, tmp_path, tokenizer={"source": "union", "pad_to_multiple_of": 64}, threads=3)
+    assert tree(tmp_path / "out") == first
 
 
 def test_rows_beyond_the_tokenizer_are_cut(models, tmp_path):
