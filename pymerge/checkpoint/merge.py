@@ -170,6 +170,8 @@ def _compute_threads(count: int | None):
 
 def _extra_files(plan: Plan, title: str) -> dict[str, bytes]:
     content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
+    if plan.alignment is not None:
+        content = plan.alignment.replace(content)
     plan.changes.apply(content)
     if "config.json" in content:
         content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))

@@ -26,7 +26,7 @@ KEYS = (
 )  # fmt: skip
 PARTS = ("models", "slices", "modules")
 
-POLICIES = {"missing_tensors": ("error", "drop", "keep", "merge"), "vocabulary": ("error", "crop")}
+POLICIES = {"missing_tensors": ("error", "drop", "keep", "merge"), "vocabulary": ("error", "crop", "pad")}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Recipe:
         chat_template: "auto", a built-in one's name, or Jinja text; None: the donor's.
         missing_tensors: what to do about a tensor that not all models have: "error", "drop" it, "keep" the first model's as it is, or
             "merge" those that there are.
-        vocabulary: what to do about embeddings with different numbers of rows: "error", or "crop" to the fewest.
+        vocabulary: what to do about embeddings with different numbers of rows: "error", "crop" to the fewest or "pad" to the most.
         name: of this merge, by which others in the same file use its result.
         folder: of the recipe's file; relative paths are looked up there first.
     """
