@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from pymerge.checkpoint.merge import merge
+from tests.mergekit_run import merged_by_mergekit
 
 pytest.importorskip("mergekit")
 transformers = pytest.importorskip("transformers")
@@ -43,9 +43,6 @@ def models(tmp_path_factory):
 # Without a base model, mergekit takes the "base" tokenizer from a model that differs from process to process.
 @pytest.mark.parametrize("case, base", [(case, base) for case in RECIPES for base in (True, False) if base or case != "base"])
 def test_same_rows(models, tmp_path, monkeypatch, case, base):
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-
     monkeypatch.chdir(models)
     listed = "".join(
         f"- {{model: {name}, parameters: {{weight: {weight}}}}}\n" for name, weight in (("first", 0.3), ("a", 0.5), ("b", 1.0))
@@ -53,12 +50,8 @@ def test_same_rows(models, tmp_path, monkeypatch, case, base):
     text = f"merge_method: linear\ndtype: float32\nmodels:\n{listed}{'base_model: first' if base else ''}\n{RECIPES[case]}\n"
     path = tmp_path / "recipe.yml"
     path.write_text(text)
-    # mergekit's loaders view mapped files: unwritten memory is not for it to fill.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    options = MergeOptions(write_model_card=False, quiet=True)
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(tmp_path / "theirs"), options)
+    theirs = merged_by_mergekit(text, tmp_path / "theirs")
     merge(path, tmp_path / "ours")
-    theirs = {k: v for file in (tmp_path / "theirs").glob("*.safetensors") for k, v in load_file(file).items()}
     ours = load_file(tmp_path / "ours" / "model.safetensors")
     ids = {name: transformers.AutoTokenizer.from_pretrained(tmp_path / name).get_vocab() for name in ("ours", "theirs")}
     assert ids["ours"].keys() == ids["theirs"].keys() and ours.keys() == theirs.keys()
