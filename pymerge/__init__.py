@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .checkpoint.adapters import merge_adapters
     from .checkpoint.merge import merge
     from .conventions import Convention, presets
     from .merge_methods.dare import dare_linear, dare_ties
@@ -42,6 +43,7 @@ __all__ = [
     "greedy_soup",
     "linear",
     "merge",
+    "merge_adapters",
     "methods",
     "model_soup",
     "presets",
@@ -54,6 +56,7 @@ __all__ = [
 
 # Everything is imported when it is first used, so that `pymerge --help` does not wait for torch.
 _HOME = {
+    "checkpoint.adapters": ("merge_adapters",),
     "checkpoint.merge": ("merge",),
     "conventions": ("Convention", "presets"),
     "merge_methods.dare": ("dare_linear", "dare_ties"),
