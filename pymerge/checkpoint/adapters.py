@@ -41,13 +41,14 @@ class AdapterReport:
         out: the folder.
         ranks: by module.
         kept: by module, the fraction of the squared Frobenius norm of the true merge that the written factors have; 1 is all.
-        nbytes: of the tensors.
+        bytes_read, nbytes: of the adapters' tensors, and of those written.
         warnings: what may not be what was meant.
     """
 
     out: Path
     ranks: dict[str, int]
     kept: dict[str, float]
+    bytes_read: int
     nbytes: int
     warnings: tuple[str, ...]
 
@@ -117,6 +118,7 @@ def merge_adapters(
         out=out,
         ranks={name: module.rank for name, module in saved.items()},
         kept={name: result.kept for name, result in results.items()},
+        bytes_read=sum(adapter.store.nbytes for adapter in opened),
         nbytes=sum(t.numel() * t.element_size() for module in saved.values() for t in (module.a, module.b)),
         warnings=(*warnings, *job.warnings),
     )

@@ -17,6 +17,7 @@ from .. import ops
 from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
 from . import dtypes
+from .adapter_recipe import is_adapter_recipe, merge_adapter_recipe
 from .extras import config_with_dtype, files_to_copy, model_card, read_small
 from .pipeline import Starts, run
 from .plan import Plan, TensorPlan, make_plan
@@ -72,6 +73,8 @@ def merge(
     """Merge checkpoints on disk as a recipe says, tensor by tensor.
 
     Memory stays near the largest tensor of each model, counted once, plus at most 200 MB on the way, whatever the size of the models.
+    When all models are LoRA adapters, the result is an adapter, see :func:`pymerge.merge_adapters`.
+
     The result appears at `out` complete or not at all. The same recipe and models give the same bytes, for any number of threads.
 
     Args:
@@ -93,6 +96,8 @@ def merge(
         MergeError: the method failed, a result overflowed, or integer tensors differ.
         OSError: writing failed.
     """
+    if is_adapter_recipe(recipe):
+        return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force)
     plan = make_plan(
         recipe, out, shard_size=parse_bytes(shard_size), force=force, dtype=_text(dtype), out_dtype=_text(out_dtype), seed=seed
     )

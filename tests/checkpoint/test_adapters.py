@@ -245,7 +245,7 @@ def test_output_exists(three, tmp_path):
     with pytest.raises(FileExistsError, match="is, or is inside, an adapter that is being merged"):
         pymerge.merge_adapters(three, three[0], force=True)
     before = tree(three[0])
-    with pytest.raises(FileExistsError, match="inside an adapter"):
+    with pytest.raises(FileExistsError, match="is inside, an adapter"):
         pymerge.merge_adapters(three, three[0] / "inside")
     assert tree(three[0]) == before
 
@@ -309,3 +309,75 @@ def test_same_as_add_weighted_adapter(tmp_path, kind, options):
     assert len(weights) == 2 * len(got)
     for name, left in itertools.islice(weights.items(), 4):
         assert left.dtype == torch.float32 and left.abs().sum() > 0, name
+
+
+# --- Recipes and the command line ------------------------------------------------------------------------------------------------------
+
+
+def run(*args):
+    from click.testing import CliRunner
+
+    from pymerge.cli.main import _group
+
+    return CliRunner().invoke(_group, [str(arg) for arg in args])
+
+
+RECIPE = """\
+merge_method: svd
+models:
+  - model: a
+    parameters: {weight: 0.5}
+  - model: b
+  - model: ./c
+    parameters: {weight: 2}
+parameters:
+  rank: 3
+out_dtype: float32
+"""
+
+
+def test_a_recipe_of_adapters_makes_an_adapter(three, tmp_path, monkeypatch):
+    (tmp_path / "recipe.yml").write_text(RECIPE)
+    pymerge.merge_adapters(three, tmp_path / "expected", method="svd", weights=[0.5, 1.0, 2.0], rank=3, dtype="float32")
+    report = pymerge.merge(tmp_path / "recipe.yml", tmp_path / "out")
+    assert tree(tmp_path / "out")["adapter_model.safetensors"] == tree(tmp_path / "expected")["adapter_model.safetensors"]
+    assert report.tensors == 6 and all(path.is_file() for path in report.files)
+    result = run("merge", tmp_path / "recipe.yml", tmp_path / "cli")
+    assert result.exit_code == 0 and "an adapter of 3 modules" in result.output
+    assert tree(tmp_path / "cli")["adapter_model.safetensors"] == tree(tmp_path / "out")["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("merge_method: svd", "merge_method: tiez", "no method 'tiez' for adapters"),
+        ("merge_method: svd", "base_model: x\nmerge_method: svd", "recipe.yml:1: base_model: adapters are merged without their base"),
+        ("rank: 3", "rank: [1, 2]", "recipe.yml:9: parameters.rank: is .*one value for all layers"),
+        ("rank: 3", "rnak: 3", "'svd' has no parameter 'rnak'"),
+        ("{weight: 2}", "{rank: 2}", "parameters.rank: is for the whole merge"),
+        ("model: b", "model: b\n    wieght: 1", r"models\[1\].wieght: unknown key"),
+    ],
+)
+def test_recipe_errors(three, tmp_path, old, new, message):
+    (tmp_path / "recipe.yml").write_text(RECIPE.replace(old, new))
+    with pytest.raises(pymerge.recipe.problems.RecipeError, match=message):
+        pymerge.merge(tmp_path / "recipe.yml", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line(three, tmp_path):
+    a, b, c = three
+    result = run("lora", "merge", a, b, c, "-o", tmp_path / "out", "-w", 0.5, "-w", -2, "-w", 1.25)
+    assert result.exit_code == 0 and "3 modules, rank 9" in result.output and "exact" in result.output
+    pymerge.merge_adapters(three, tmp_path / "expected", weights=WEIGHTS)
+    assert tree(tmp_path / "out") == {**tree(tmp_path / "expected"), "README.md": tree(tmp_path / "out")["README.md"]}
+    result = run("lora", "merge", a, b, "-o", tmp_path / "t", "--method", "ties", "-p", "density=0.5", "--rank", 2, "--json")
+    assert result.exit_code == 0 and set(json.loads(result.output)["ranks"].values()) == {2}
+    for args, message in (
+        ((a, b, "-o", tmp_path / "out"), "exists already"),
+        ((a, b, "-o", tmp_path / "new", "--rank", 2), "cat has no choice of rank"),
+        ((a, b, "-o", tmp_path / "new", "-p", "density"), "'density' is not NAME=VALUE"),
+    ):
+        result = run("lora", "merge", *args)
+        assert result.exit_code == 2 and message in result.output
+    assert not (tmp_path / "new").exists()
