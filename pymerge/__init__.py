@@ -13,6 +13,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint.adapters import merge_adapters
+    from .checkpoint.lora.extract import extract_lora
     from .checkpoint.merge import merge
     from .conventions import Convention, presets
     from .merge_methods.dare import dare_linear, dare_ties
@@ -39,6 +40,7 @@ __all__ = [
     "dare_linear",
     "dare_ties",
     "ema_update",
+    "extract_lora",
     "get_method",
     "greedy_soup",
     "linear",
@@ -57,6 +59,7 @@ __all__ = [
 # Everything is imported when it is first used, so that `pymerge --help` does not wait for torch.
 _HOME = {
     "checkpoint.adapters": ("merge_adapters",),
+    "checkpoint.lora.extract": ("extract_lora",),
     "checkpoint.merge": ("merge",),
     "conventions": ("Convention", "presets"),
     "merge_methods.dare": ("dare_linear", "dare_ties"),

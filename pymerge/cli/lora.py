@@ -104,3 +104,29 @@ def _print(report, as_json: bool) -> None:
     kept = "exact" if lost == 1.0 else f"at least {100 * lost:.4g} % of each module's squared norm kept"
     rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
     click.echo(f"{report.out}: {len(report.ranks)} modules, {rank}, {format_bytes(report.nbytes)}, {kept}")
+
+
+@command.command("extract", short_help="Take an adapter out of a tuned model and its base.")
+@click.argument("model", type=_ADAPTER)
+@click.argument("base", type=_ADAPTER)
+@click.argument("out", type=_ADAPTER)
+@_RANK
+@_ENERGY
+@click.option("--modules", metavar="REGEX", help="Modules to adapt; by default all that changed but embeddings and the head.")
+@click.option("--whole", multiple=True, metavar="NAME", help="Modules to store as they are in MODEL, such as lm_head.")
+@click.option("--fan-in-fan-out/--no-fan-in-fan-out", default=None, help="Weights are (in, out), as in GPT-2; by default from config.json.")
+@click.option("--base-name", metavar="NAME", help="Name of the base to write; by default BASE.")
+@_DTYPE
+@_FORCE
+@as_json
+def extract(model, base, out, rank, energy, modules, whole, fan_in_fan_out, base_name, dtype, force, as_json) -> None:
+    """Write to OUT the LoRA adapter nearest to what MODEL changed in BASE; of rank 16, unless --rank or --energy says otherwise."""
+    from ..checkpoint.lora.extract import extract_lora
+
+    rank = 16 if rank is None and energy is None else rank
+    with _usage_errors():
+        report = extract_lora(
+            model, base, out, rank=rank, energy=energy, modules=modules, whole=whole, fan_in_fan_out=fan_in_fan_out, base_name=base_name,
+            dtype=dtype, force=force,
+        )  # fmt: skip
+    _print(report, as_json)
