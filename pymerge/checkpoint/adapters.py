@@ -100,7 +100,7 @@ def merge_adapters(
         job = _Job(opened, method, weights, on, rank, energy, parameters or {})
         code = None if dtype is None else dtypes.parse_dtype(str(dtype))
         if dtype is not None and code is None:
-            raise ValueError(f"dtype {dtype!r} is not a dtype; choose float32, bfloat16, float16 or float64")
+            raise ValueError(f"dtype {dtype!r} is not a dtype; choose {', '.join(dtypes.CHOICES)}")
         out = Path(out).absolute()
         _check_out(out, opened, force)
         warnings = _check_bases(opened, check_base)

@@ -13,6 +13,7 @@ from ..recipe.problems import Problems
 from ..recipe.schema import Recipe
 from .extras import read_config
 from .format import CheckpointError
+from .quantised import sign_of_quantisation
 from .reader import Checkpoint, open_checkpoint
 
 __all__ = ["Sources", "open_sources"]
@@ -73,10 +74,9 @@ class _Opener:
         except CheckpointError as error:
             self._problems.add(place, str(error))
             return None
-        if config and config.get("quantization_config"):
-            self._problems.add(
-                place, f"{path} is quantised (quantization_config in its config.json); stored codes cannot be merged: dequantise it first"
-            )
+        sign = sign_of_quantisation(checkpoint, config)
+        if sign:
+            self._problems.add(place, f"{path} is quantised ({sign}); stored codes cannot be merged: dequantise it first")
         if not checkpoint.tensors:
             self._problems.add(place, f"{path} has no tensors")
         self._sources.checkpoints.append(checkpoint)

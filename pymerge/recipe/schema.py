@@ -10,7 +10,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from .._version import __version__
-from ..checkpoint.dtypes import parse_dtype
+from ..checkpoint.dtypes import CHOICES, parse_dtype
 from .problems import Path, Problems, did_you_mean
 from .source import Source, read_source
 
@@ -199,6 +199,5 @@ def _dtype(value: Any, path: Path, problems: Problems) -> str | None:
         return None
     code = parse_dtype(value) if isinstance(value, str) else None
     if code is None:
-        options = ("float32", "bfloat16", "float16", "float64")
-        problems.add(path, f"{_kind(value)} is not a dtype{did_you_mean(value, options) or '; choose ' + ', '.join(options)}")
+        problems.add(path, f"{_kind(value)} is not a dtype{did_you_mean(value, CHOICES) or '; choose ' + ', '.join(CHOICES)}")
     return code

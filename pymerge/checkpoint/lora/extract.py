@@ -91,7 +91,7 @@ def extract_lora(
         raise ValueError(f"rank is {rank!r} and energy {energy!r}; give a positive rank, or an energy in (0, 1]")
     code = None if dtype is None else dtypes.parse_dtype(str(dtype))
     if dtype is not None and code is None:
-        raise ValueError(f"dtype {dtype!r} is not a dtype; choose float32, bfloat16, float16 or float64")
+        raise ValueError(f"dtype {dtype!r} is not a dtype; choose {', '.join(dtypes.CHOICES)}")
     out = Path(out).absolute()
     problem = check_target(out, force)
     if problem:
