@@ -169,7 +169,7 @@ def _read_file(file: Path) -> _Content:
     placed = is_zip
     if is_zip:
         tensors, ignored = _state_dict(_torch_load(file, map_location="meta", mmap=True), file)
-        # torch before 2.9 does not tell where a storage lies.
+        # older versions of torch do not tell where a storage lies.
         placed = all(getattr(t.untyped_storage(), "_checkpoint_offset", None) is not None for t in tensors.values())
     if not placed:
         with _without_data(is_zip):

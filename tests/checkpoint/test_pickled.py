@@ -52,7 +52,7 @@ def odd_tensors():
 
 
 def forget_places(monkeypatch):
-    """torch before 2.9 does not say where storages lie in the file."""
+    """Older versions of torch do not say where storages lie in the file."""
     load = pickled._torch_load
     monkeypatch.setattr(pickled, "_torch_load", lambda file, map_location, mmap: load(file, map_location="cpu", mmap=mmap))
 

@@ -73,8 +73,8 @@ def test_common_type_of_a_mixture(tmp_path):
 
 
 def test_overflow_of_fp8(tmp_path):
-    """e5m2 has infinities, and a result beyond its largest number is an error. e4m3fn has none: torch rounds to NaN (before 2.10) or to
-    its largest number, 448."""
+    """e5m2 has infinities, and a result beyond its largest number is an error. e4m3fn has none: torch rounds to NaN or, in recent
+    versions, to its largest number, 448."""
     for i in range(3):
         save_file({"w": torch.full((4, 4), 5e4 * i)}, tmp_path / f"{i}.safetensors")
     paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
