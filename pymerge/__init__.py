@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .checkpoint.lora.extract import extract_lora
     from .checkpoint.merge import merge
     from .conventions import Convention, presets
+    from .losses import kl_divergence
     from .merge_methods.dare import dare_linear, dare_ties
     from .merge_methods.ema import EMA, ema_update
     from .merge_methods.greedy_soup import GreedySoup, greedy_soup
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from .merge_methods.task_arithmetic import task_arithmetic
     from .merge_methods.ties import ties
     from .merge_methods.wise_ft import wise_ft
+    from .metrics import backward_transfer, forward_transfer
     from .ops import NonFiniteError, backend
+    from .replay import ReplayMixer, make_replay_stream
 
 __all__ = [
     "EMA",
@@ -35,15 +38,20 @@ __all__ = [
     "Method",
     "NonFiniteError",
     "Parameter",
+    "ReplayMixer",
     "__version__",
     "backend",
+    "backward_transfer",
     "dare_linear",
     "dare_ties",
     "ema_update",
     "extract_lora",
+    "forward_transfer",
     "get_method",
     "greedy_soup",
+    "kl_divergence",
     "linear",
+    "make_replay_stream",
     "merge",
     "merge_adapters",
     "methods",
@@ -71,7 +79,10 @@ _HOME = {
     "merge_methods.task_arithmetic": ("task_arithmetic",),
     "merge_methods.ties": ("ties",),
     "merge_methods.wise_ft": ("wise_ft",),
+    "losses": ("kl_divergence",),
+    "metrics": ("backward_transfer", "forward_transfer"),
     "ops": ("NonFiniteError", "backend"),
+    "replay": ("ReplayMixer", "make_replay_stream"),
 }
 _LAZY = {name: module for module, names in _HOME.items() for name in names}
 
