@@ -17,6 +17,7 @@ from .. import ops
 from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
 from . import dtypes
+from .adapter_recipe import is_adapter_recipe, merge_adapter_recipe
 from .extras import config_with_dtype, files_to_copy, model_card, read_small
 from .many import plan_merges
 from .pipeline import Starts, run
@@ -74,6 +75,8 @@ def merge(
     """Merge checkpoints on disk as a recipe says, tensor by tensor.
 
     Memory stays near the largest tensor of each model, counted once, plus at most 200 MB on the way, whatever the size of the models.
+    When all models are LoRA adapters, the result is an adapter, see :func:`pymerge.merge_adapters`.
+
     The result appears at `out` complete or not at all. The same recipe and models give the same bytes, for any number of threads.
     A file with several recipes is merged into folders of their names in `out`; what is there already is not merged again.
 
@@ -100,6 +103,8 @@ def merge(
         MergeError: the method failed, a result overflowed, or integer tensors differ.
         OSError: writing failed.
     """
+    if is_adapter_recipe(recipe):
+        return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force)
     options = {"shard_size": parse_bytes(shard_size), "dtype": _text(dtype), "out_dtype": _text(out_dtype), "seed": seed}
     report = None
     for place, plan in plan_merges(recipe, out, force=force, download=download, **options):

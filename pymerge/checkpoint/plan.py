@@ -167,7 +167,7 @@ def _override(recipe: Recipe, dtype: str | None, out_dtype: str | None) -> Recip
         if value is not None:
             changes[key] = dtypes.parse_dtype(str(value))
             if changes[key] is None:
-                raise ValueError(f"{key} {value!r} is not a dtype; choose float32, bfloat16, float16 or float64")
+                raise ValueError(f"{key} {value!r} is not a dtype; choose {', '.join(dtypes.CHOICES)}")
     return recipe.replace(**changes)
 
 

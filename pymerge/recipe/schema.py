@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
-from ..checkpoint.dtypes import parse_dtype
+from ..checkpoint.dtypes import CHOICES, parse_dtype
 from .chat_templates import parse_chat_template
 from .entries import ModelEntry, ModuleEntry, SliceEntry, kind_of, parse_models, parse_modules, parse_parameters, parse_slices
 from .problems import Path, Problems, did_you_mean
@@ -210,6 +210,5 @@ def _dtype(value: Any, path: Path, problems: Problems) -> str | None:
         return None
     code = parse_dtype(value) if isinstance(value, str) else None
     if code is None:
-        options = ("float32", "bfloat16", "float16", "float64")
-        problems.add(path, f"{kind_of(value)} is not a dtype{did_you_mean(value, options) or '; choose ' + ', '.join(options)}")
+        problems.add(path, f"{kind_of(value)} is not a dtype{did_you_mean(value, CHOICES) or '; choose ' + ', '.join(CHOICES)}")
     return code
