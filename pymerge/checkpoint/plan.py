@@ -22,8 +22,7 @@ from .memory import Buffers, buffers_for
 from .settings import resolve_parameters
 from .sources import Sources, open_sources
 from .store import TensorStore
-from .target import check_out
-from .writer import is_file_target
+from .target import check_out, is_file_target
 
 __all__ = ["Plan", "TensorPlan", "make_plan"]
 
@@ -111,6 +110,7 @@ def make_plan(
     dtype: str | None = None,
     out_dtype: str | None = None,
     seed: int | None = None,
+    resume: bool = False,
 ) -> Plan:
     """Check a recipe against the models it names and lay out the work. Reads headers and config.json, no tensors; writes nothing.
 
@@ -118,7 +118,8 @@ def make_plan(
         recipe: a YAML or JSON file, a mapping of the same form, or a :class:`Recipe`.
         out: where the result is to go, to check that too: a folder, or a .safetensors file. None plans for a folder.
         shard_size: bytes of tensors in one file, at most; a larger tensor has a file of its own.
-        force: an existing `out` may be replaced.
+        force: an existing `out` may be replaced, an unfinished one thrown away.
+        resume: an unfinished `out` may be continued.
         dtype, out_dtype, seed: override the recipe's; dtypes as torch calls them ("bfloat16").
 
     Raises:
@@ -134,7 +135,7 @@ def make_plan(
             problems.warnings.append(f"the seed is not used: {method.name!r} is not random")
     sources = open_sources(parsed, method, problems)
     try:
-        return _complete(parsed, method, sources, problems, None if out is None else Path(out), shard_size, force)
+        return _complete(parsed, method, sources, problems, None if out is None else Path(out), shard_size, force, resume)
     except BaseException:
         for checkpoint in sources.checkpoints:
             checkpoint.close()
@@ -170,7 +171,14 @@ def _method(recipe: Recipe, problems: Problems) -> Method | None:
 
 
 def _complete(
-    recipe: Recipe, method: Method | None, sources: Sources, problems: Problems, out: Path | None, shard_size: int, force: bool
+    recipe: Recipe,
+    method: Method | None,
+    sources: Sources,
+    problems: Problems,
+    out: Path | None,
+    shard_size: int,
+    force: bool,
+    resume: bool,
 ) -> Plan:
     names = compare_tensors(sources, problems)
     parameters = resolve_parameters(recipe, method, sources, names, problems) if method is not None else {}
@@ -184,7 +192,7 @@ def _complete(
         metadata = {"format": "pt", "pymerge_version": __version__, "pymerge_recipe": recipe.to_yaml()}
         layout = make_layout([t.output for t in tensors], shard_size, metadata, out.name if single else None)
     if out is not None:
-        check_out(out, force, layout.total_size, sources, problems)
+        check_out(out, force, layout.total_size, sources, problems, resume)
     problems.raise_if_any()
     assert method is not None
     return Plan(

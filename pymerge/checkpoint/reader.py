@@ -13,7 +13,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from .folder import find_files
-from .format import CheckpointError, Header, TensorInfo, identity_of, open_regular, read_header
+from .format import CheckpointError, Header, InputChangedError, TensorInfo, identity_of, open_regular, read_header
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -89,7 +89,7 @@ class Checkpoint:
                 fd, stat = open_regular(file)
                 if identity_of(stat) != self._by_file[file].identity:
                     os.close(fd)
-                    raise CheckpointError(f"{file}: changed since its header was read")
+                    raise InputChangedError(f"{file}: changed since its header was read")
                 self._open[file] = fd
             self._open.move_to_end(file)
             self._in_use[fd] = self._in_use.get(fd, 0) + 1

@@ -16,10 +16,12 @@ __all__ = ["command"]
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @merge_options
+@click.option("--resume", is_flag=True, help="Continue where an interrupted merge into OUT ended, if there was one.")
+@click.option("--verify", is_flag=True, help="Record the inputs' SHA-256; reads them once more.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads that read and compute; by default one per CPU.")
 @click.option("--no-check-finite", is_flag=True, help="Let NaN and infinities in inputs through.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def command(recipe, out, shard_size, dtype, out_dtype, seed, force, threads, no_check_finite, quiet) -> None:
+def command(recipe, out, shard_size, dtype, out_dtype, seed, force, resume, verify, threads, no_check_finite, quiet) -> None:
     """Merge checkpoints as RECIPE says and write the result to OUT.
 
     RECIPE is a YAML or JSON file in mergekit's format. OUT is a folder to make (shards, index, config, tokenizer, README.md) or a file
@@ -27,20 +29,33 @@ def command(recipe, out, shard_size, dtype, out_dtype, seed, force, threads, no_
 
     Models are .safetensors files, or folders with model.safetensors or shards and an index. Relative paths are looked up in the recipe's
     folder first, then in the current one. Everything is checked before anything is read; memory stays near the largest tensor of each
-    model; OUT appears when it is complete.
+    model; OUT appears when it is complete. Until then the work is in OUT.partial, where --resume finds it after an interrupt or a crash.
     """
     from ..checkpoint.merge import run_plan
     from ..checkpoint.plan import make_plan
     from .progress import progress_bar
 
-    with make_plan(recipe, out, shard_size=shard_size, force=force, dtype=dtype, out_dtype=out_dtype, seed=seed) as plan:
+    with make_plan(recipe, out, shard_size=shard_size, force=force, dtype=dtype, out_dtype=out_dtype, seed=seed, resume=resume) as plan:
         if not quiet:
             for warning in plan.warnings:
                 click.echo(f"warning: {warning}", err=True)
         with progress_bar(plan.bytes_read + plan.bytes_written, quiet) as progress:
-            report = run_plan(plan, out, force=force, check_finite=not no_check_finite, progress=progress, threads=threads)
+            report = run_plan(
+                plan,
+                out,
+                force=force,
+                resume=resume,
+                verify=verify,
+                check_finite=not no_check_finite,
+                progress=progress,
+                threads=threads,
+            )
     if not quiet:
         moved = report.bytes_read + report.bytes_written
+        for warning in report.warnings[len(plan.warnings) :]:
+            click.echo(f"warning: {warning}", err=True)
+        if report.resumed:
+            click.echo(f"{report.resumed} tensors were done before")
         click.echo(
             f"{out}: {report.tensors} tensors, {format_bytes(report.bytes_written)}, "
             f"merged by {plan.method.name} in {report.seconds:.1f} s ({format_bytes(moved / max(report.seconds, 1e-9))}/s)"
