@@ -148,8 +148,6 @@ class CheckpointWriter:
                     self._partial.journal.append({"lost": sorted(done)})
                     done = set()
                 _truncate(fd, shard.size, self._path(shard))
-            if not finished:  # its header may be there without its record
-                _write_all(fd, memoryview(bytes(8)), 0, self._path(shard))
         finally:
             os.close(fd)
         self.done.update(done)

@@ -29,7 +29,7 @@ SHARD = 4000  # bytes, which makes three shards
 
 
 class Counted:
-    """Kills the process just before its call number `last` to the system, with what was written and not flushed undone if `power` is cut."""
+    """Kills the process just before its call number `last` to the system; if `power` is cut, what was not flushed is undone before."""
 
     def __init__(self, last, power):
         self.calls = []
@@ -131,7 +131,9 @@ def test_killed_at_a_call(work, how, every):
     old_output(work)
     assert run(work, -1, how) == 0
     calls = (work / "calls").read_text().split("\n")
-    assert tree(work / "out") == expected and {"preadv", "pwrite", "fdatasync", "rename" if how == "two renames" else "exchange"} <= set(calls)
+    assert tree(work / "out") == expected and {"preadv", "pwrite", "fdatasync", "rename" if how == "two renames" else "exchange"} <= set(
+        calls
+    )
     seen = set()
     for last in points(calls, every):
         old_output(work)
@@ -159,6 +161,10 @@ def nothing_looks_finished(folder, *whole):
             assert any(weights.items() <= content.items() for content in whole)
 
 
+def slowly(call):
+    return lambda *args: (time.sleep(0.002), call(*args))[1]
+
+
 @pytest.mark.slow
 def test_killed_at_random_times(work):
     """As people do it: a process of its own, killed from outside at any moment of it, several times over."""
@@ -168,7 +174,7 @@ def test_killed_at_random_times(work):
         memory.BATCH = 1
         writer.MOST_OPEN = 0
         for name in ("preadv", "pwrite", "fsync", "replace"):
-            setattr(os, name, lambda *args, call=getattr(os, name): (time.sleep(0.002), call(*args))[1])
+            setattr(os, name, slowly(getattr(os, name)))
         merge(RECIPE, "out", resume=True, shard_size=SHARD)
 
     began = time.monotonic()
