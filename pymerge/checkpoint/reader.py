@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .folder import find_files
 from .format import CheckpointError, Header, InputChangedError, TensorInfo, identity_of, open_regular, read_header
+from .links import check_link
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -123,6 +124,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{str(path)!r}: cannot be opened: {error}") from None  # a null byte in the path
+    if layout.folder is not None:
+        for file in layout.files:
+            check_link(file)
     headers = [read_header(file) for file in layout.files]
     if layout.weight_map is not None:
         _check_index(layout.index, layout.weight_map, headers)
