@@ -21,8 +21,9 @@ from . import dtypes
 from .extras import config_with_dtype, files_to_copy, model_card, read_small
 from .format import CheckpointError, InputChangedError
 from .inputs import Hashes, InputFiles
+from .many import plan_merges
 from .pipeline import MergeJob, Starts, run
-from .plan import Plan, TensorPlan, make_plan
+from .plan import Plan, TensorPlan
 from .provenance import FILE_NAME, provenance
 from .resume import describe
 from .settings import is_built_in
@@ -81,12 +82,14 @@ def merge(
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
     seed: int | None = None,
+    download: bool = False,
 ) -> MergeReport:
     """Merge checkpoints on disk as a recipe says, tensor by tensor.
 
     Memory stays near the largest tensor of each model, counted once, plus at most 200 MB on the way, whatever the size of the models.
     The result appears at `out` complete or not at all. The same recipe and models give the same files, byte for byte, for any number of
-    threads, at any place, resumed or not.
+    threads, at any place, resumed or not. A file with several recipes is merged into folders of their names in `out`; what is there already
+    is not merged again.
 
     What ended a merge decides what becomes of the work: after an interrupt, a full disk or a read error the tensors that are done stay in
     ``OUT.partial`` (the exception has a note that says so) for `resume`; after an error that would come again, or when an input has
@@ -106,6 +109,10 @@ def merge(
         progress: called as ``progress(bytes_done, bytes_total)`` while merging.
         threads: that compute (by default torch's number) and that read files (by default one per CPU, at most 4).
         seed: overrides the recipe's, for methods that drop at random.
+        download: fetch models that the recipe names by hub id and that are not in the Hugging Face cache.
+
+    Returns:
+        What was done; for several recipes, for the last of them.
 
     Raises:
         RecipeError: the recipe, the models' headers or `out` do not allow the merge; lists everything that is wrong. No tensor was read.
@@ -117,18 +124,17 @@ def merge(
         MergeError: the method failed, a result overflowed, or integer tensors differ.
         OSError: writing failed.
     """
-    plan = make_plan(
-        recipe,
-        out,
-        shard_size=parse_bytes(shard_size),
-        force=force,
-        dtype=_text(dtype),
-        out_dtype=_text(out_dtype),
-        seed=seed,
-        resume=resume,
-    )
-    with plan:
-        return run_plan(plan, out, force=force, resume=resume, verify=verify, check_finite=check_finite, progress=progress, threads=threads)
+    options = {"shard_size": parse_bytes(shard_size), "dtype": _text(dtype), "out_dtype": _text(out_dtype), "seed": seed}
+    report = None
+    for place, plan in plan_merges(recipe, out, force=force, resume=resume, download=download, **options):
+        if plan is None:
+            report = MergeReport(place, tuple(sorted(place.iterdir())), 0, 0, 0, 0.0, ())
+            continue
+        with plan:
+            report = run_plan(
+                plan, place, force=force, resume=resume, verify=verify, check_finite=check_finite, progress=progress, threads=threads
+            )
+    return report
 
 
 def _text(dtype: str | torch.dtype | None) -> str | None:
@@ -238,10 +244,12 @@ def _compute_threads(count: int | None):
 
 def _extra_files(plan: Plan) -> dict[str, bytes]:
     content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
+    plan.changes.apply(content)
     if "config.json" in content:
         content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))
     models = [name for i, name in enumerate(plan.names) if i not in plan.bases]
-    content["README.md"] = model_card(plan.recipe, TITLE, models, plan.recipe.base_model, "config.json" in content).encode()
+    base = str(plan.recipe.base_model) if plan.recipe.base_model else None
+    content["README.md"] = model_card(plan.recipe, TITLE, models, base, "config.json" in content).encode()
     return content
 
 
