@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .guard import Violation, guarded
+from .guard import MEMORY, Violation, guarded
 from .run import attempt
 from .targets import TARGETS, prepare
 
@@ -28,11 +28,11 @@ def test_the_guard_sees(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "out.txt").write_text("x")
     with pytest.raises(Violation, match="out.txt"):
-        with guarded(10, (tmp_path / "in",), False):
+        with guarded(10, (tmp_path / "in",), None):
             (tmp_path / "out.txt").read_text()
     with pytest.raises(Violation, match="for writing"):
-        with guarded(10, (tmp_path,), False):
+        with guarded(10, (tmp_path,), None):
             (tmp_path / "in/new").write_text("x")
     with pytest.raises(Violation, match="bytes of memory for an input of 10 bytes"):
-        with guarded(10, (tmp_path,), True):
+        with guarded(10, (tmp_path,), MEMORY):
             bytearray(20_000_000)
