@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .checkpoint.merge import merge
     from .checkpoint.verify import verify
     from .conventions import Convention, presets
+    from .losses import kl_divergence
     from .merge_methods.dare import dare_linear, dare_ties
     from .merge_methods.ema import EMA, ema_update
     from .merge_methods.greedy_soup import GreedySoup, greedy_soup
@@ -46,6 +47,7 @@ __all__ = [
     "forward_transfer",
     "get_method",
     "greedy_soup",
+    "kl_divergence",
     "linear",
     "make_replay_stream",
     "merge",
@@ -74,6 +76,7 @@ _HOME = {
     "merge_methods.task_arithmetic": ("task_arithmetic",),
     "merge_methods.ties": ("ties",),
     "merge_methods.wise_ft": ("wise_ft",),
+    "losses": ("kl_divergence",),
     "metrics": ("backward_transfer", "forward_transfer"),
     "ops": ("NonFiniteError", "backend"),
     "replay": ("ReplayMixer", "make_replay_stream"),
