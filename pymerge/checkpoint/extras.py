@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .._version import __version__
 from .dtypes import NAMES, name_of
 from .format import CheckpointError, load_json, open_regular
+from .links import check_link
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -42,6 +43,7 @@ def read_small(path: Path) -> bytes:
     Raises:
         CheckpointError: it cannot be read or is not small.
     """
+    check_link(path)
     fd, info = open_regular(path)
     with open(fd, "rb") as file:
         if info.st_size > MAX_BYTES:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .format import MAX_HEADER_BYTES, CheckpointError, load_json, open_regular
+from .links import check_link
 
 __all__ = ["Layout", "find_files"]
 
@@ -52,9 +53,9 @@ def find_files(path: Path) -> Layout:
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist")
     if path.name.endswith(INDEX_SUFFIX):
-        return _from_index(path)
+        return _from_index(path, named_by_us=False)
     if path.name.endswith(PICKLED_INDEX_SUFFIX):
-        return _from_index(path, pickled=True)
+        return _from_index(path, pickled=True, named_by_us=False)
     if path.suffix == ".safetensors":
         return Layout(None, (path,))
     if path.suffix in PICKLED:
@@ -92,7 +93,9 @@ def _one_kind(folder: Path, names: list[str], single: str, index_suffix: str, su
     return Layout(folder, (folder / files[0],), pickled=pickled) if files else None
 
 
-def _from_index(index: Path, pickled: bool = False) -> Layout:
+def _from_index(index: Path, pickled: bool = False, named_by_us: bool = True) -> Layout:
+    if named_by_us:
+        check_link(index)
     fd, info = open_regular(index)
     with open(fd, "rb") as file:
         if info.st_size > MAX_HEADER_BYTES:
@@ -114,7 +117,7 @@ def _from_index(index: Path, pickled: bool = False) -> Layout:
 
 
 def _check_shard_name(name: str, index: Path, suffixes: tuple[str, ...]) -> None:
-    """A shard lies beside its index. (It may be a symbolic link: that is how the Hugging Face cache stores every file.)"""
+    """A shard lies beside its index. (It may be a symbolic link, see :mod:`pymerge.checkpoint.links`.)"""
     if "/" in name or "\\" in name or ":" in name or name in ("", ".", ".."):
         raise CheckpointError(f"{index}: shard {name!r} points outside the folder of the index")
     if not name.endswith(suffixes) or not name.isprintable():

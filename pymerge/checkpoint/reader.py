@@ -13,7 +13,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 from .folder import find_files
-from .format import CheckpointError, Header, TensorInfo, identity_of, open_regular, read_header
+from .format import CheckpointError, Header, InputChangedError, TensorInfo, identity_of, open_regular, read_header
+from .links import check_link
 
 __all__ = ["Checkpoint", "check_range", "open_checkpoint"]
 
@@ -93,7 +94,7 @@ class Checkpoint:
                 fd, stat = open_regular(file)
                 if identity_of(stat) != self._by_file[file].identity:
                     os.close(fd)
-                    raise CheckpointError(f"{file}: changed since its header was read")
+                    raise InputChangedError(f"{file}: changed since its header was read")
                 self._open[file] = fd
             self._open.move_to_end(file)
             self._in_use[fd] = self._in_use.get(fd, 0) + 1
@@ -136,6 +137,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{str(path)!r}: cannot be opened: {error}") from None  # a null byte in the path
+    if layout.folder is not None:
+        for file in layout.files:
+            check_link(file)
     folder = layout.folder or _model_folder(path)
     if layout.pickled:
         from .pickled import PickledCheckpoint  # torch is needed for these alone

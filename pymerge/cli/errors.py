@@ -16,7 +16,7 @@ def explain(error: Exception) -> tuple[str | None, int]:
         problems = error.problems
         heading = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}, nothing was read or written:"
         return "\n".join([heading, *(f"  {problem}" for problem in problems)]), REFUSED
-    for name, code in (("CheckpointError", FAILED), ("NonFiniteError", FAILED), ("MergeError", FAILED)):
+    for name, code in (("ResumeError", REFUSED), ("CheckpointError", FAILED), ("NonFiniteError", FAILED), ("MergeError", FAILED)):
         if isinstance(error, known.get(name, ())):
             hint = "; --no-check-finite merges it anyway" if name == "NonFiniteError" else ""
             message = str(error).replace("; pass check_finite=False to merge them anyway", "")
@@ -34,6 +34,7 @@ def _known() -> dict[str, type]:
     found = {}
     for module, name in (
         ("pymerge.recipe.problems", "RecipeError"),
+        ("pymerge.checkpoint.resume", "ResumeError"),
         ("pymerge.checkpoint.format", "CheckpointError"),
         ("pymerge.finite", "NonFiniteError"),
         ("pymerge.checkpoint.merge", "MergeError"),

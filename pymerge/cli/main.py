@@ -15,7 +15,7 @@ from .errors import explain
 
 __all__ = ["main"]
 
-COMMANDS = ("merge", "plan", "methods", "inspect", "lora", "report")
+COMMANDS = ("merge", "plan", "verify", "methods", "inspect", "lora", "report")
 
 HELP = """Merge the weights of neural networks that share a base: checkpoint files in, a checkpoint file out.
 
@@ -86,9 +86,14 @@ def main(args: list[str] | None = None, prog_name: str = "pymerge") -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was written", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        # click makes an Abort of Ctrl-C.
+        click.echo("interrupted; the output was not written", err=True)
+        _print_notes(error if isinstance(error, KeyboardInterrupt) else error.__context__)
         code = 130
+    except SystemExit as error:  # SIGTERM, see _terminate
+        _print_notes(error)
+        raise
     except BrokenPipeError:
         # Whoever read our output has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,7 +103,14 @@ def main(args: list[str] | None = None, prog_name: str = "pymerge") -> None:
         if message is None:
             raise
         click.echo(message, err=True)
+        _print_notes(error)
     sys.exit(code)
+
+
+def _print_notes(error: BaseException | None) -> None:
+    """What an error says besides, such as how to resume."""
+    for note in getattr(error, "__notes__", ()):
+        click.echo(note, err=True)
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -16,10 +16,12 @@ __all__ = ["command"]
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @merge_options
+@click.option("--resume", is_flag=True, help="Continue where an interrupted merge into OUT ended, if there was one.")
+@click.option("--verify", is_flag=True, help="Record the inputs' SHA-256; reads them once more.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads that read and compute; by default one per CPU.")
 @click.option("--no-check-finite", is_flag=True, help="Let NaN and infinities in inputs through.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def command(recipe, out, shard_size, dtype, out_dtype, seed, download, force, threads, no_check_finite, quiet) -> None:
+def command(recipe, out, shard_size, dtype, out_dtype, seed, download, force, resume, verify, threads, no_check_finite, quiet) -> None:
     """Merge checkpoints as RECIPE says and write the result to OUT.
 
     RECIPE is a YAML or JSON file in mergekit's format. OUT is a folder to make (shards, index, config, tokenizer, README.md) or a file
@@ -29,7 +31,8 @@ def command(recipe, out, shard_size, dtype, out_dtype, seed, download, force, th
 
     Models are .safetensors files, or folders with model.safetensors or shards and an index. Relative paths are looked up in the recipe's
     folder first, then in the current one. Everything is checked before anything is read; memory stays near the largest tensor of each
-    model; OUT appears when it is complete. A file with several recipes is merged into folders of their names in OUT.
+    model; OUT appears when it is complete. Until then the work is in OUT.partial, where --resume finds it after an interrupt or a crash.
+    A file with several recipes is merged into folders of their names in OUT.
     """
     from ..checkpoint.adapter_recipe import is_adapter_recipe, merge_adapter_recipe
     from ..checkpoint.many import plan_merges
@@ -44,7 +47,7 @@ def command(recipe, out, shard_size, dtype, out_dtype, seed, download, force, th
             click.echo(f"{out}: an adapter of {report.tensors // 2} modules, {format_bytes(report.bytes_written)}")
         return
     options = {"shard_size": shard_size, "dtype": dtype, "out_dtype": out_dtype, "seed": seed, "download": download}
-    for place, plan in plan_merges(recipe, out, force=force, **options):
+    for place, plan in plan_merges(recipe, out, force=force, resume=resume, **options):
         if plan is None:
             if not quiet:
                 click.echo(f"{place}: is there already")
@@ -54,8 +57,21 @@ def command(recipe, out, shard_size, dtype, out_dtype, seed, download, force, th
                 for warning in plan.warnings:
                     click.echo(f"warning: {warning}", err=True)
             with progress_bar(plan.bytes_read + plan.bytes_written, quiet) as progress:
-                report = run_plan(plan, place, force=force, check_finite=not no_check_finite, progress=progress, threads=threads)
+                report = run_plan(
+                    plan,
+                    place,
+                    force=force,
+                    resume=resume,
+                    verify=verify,
+                    check_finite=not no_check_finite,
+                    progress=progress,
+                    threads=threads,
+                )
         if not quiet:
+            for warning in report.warnings[len(plan.warnings) :]:
+                click.echo(f"warning: {warning}", err=True)
+            if report.resumed:
+                click.echo(f"{report.resumed} tensors were done before")
             moved = report.bytes_read + report.bytes_written
             click.echo(
                 f"{place}: {report.tensors} tensors, {format_bytes(report.bytes_written)}, "
