@@ -18,6 +18,7 @@ from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
 from . import dtypes
 from .extras import config_with_dtype, files_to_copy, model_card, read_small
+from .meter import Meter
 from .pipeline import run
 from .plan import Plan, TensorPlan, make_plan
 from .settings import is_built_in
@@ -112,8 +113,9 @@ def run_plan(
     check_finite: bool = True,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
+    meter: Meter | None = None,
 ) -> MergeReport:
-    """Carry out a plan made for `out`; arguments and errors as :func:`merge` has them."""
+    """Carry out a plan made for `out`; arguments and errors as :func:`merge` has them. `meter` is told what each stage does."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; at least one has to read")
     try:
@@ -136,7 +138,7 @@ def run_plan(
         for name, content in extras.items():
             writer.add_file(name, content)
         with _compute_threads(threads):
-            run(plan, writer, merger.merge, threads or min(4, os.cpu_count() or 1), advance)
+            run(plan, writer, merger.merge, threads or min(4, os.cpu_count() or 1), advance, meter)
         writer.commit()
     names = [shard.file_name for shard in plan.layout.shards]
     if plan.layout.index is not None:

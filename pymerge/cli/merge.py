@@ -6,8 +6,11 @@ from pathlib import Path
 
 import click
 
+from ..checkpoint.meter import STAGES, Meter
 from ..checkpoint.sizes import format_bytes
-from .options import merge_options
+from .interruption import after_interruption
+from .options import as_json, merge_options
+from .text import count, print_json
 
 __all__ = ["command"]
 
@@ -19,7 +22,9 @@ __all__ = ["command"]
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads that read and compute; by default one per CPU.")
 @click.option("--no-check-finite", is_flag=True, help="Let NaN and infinities in inputs through.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def command(recipe, out, shard_size, dtype, out_dtype, seed, force, threads, no_check_finite, quiet) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Say what reading, merging and writing took.")
+@as_json
+def command(recipe, out, shard_size, dtype, out_dtype, seed, force, threads, no_check_finite, quiet, verbose, as_json) -> None:
     """Merge checkpoints as RECIPE says and write the result to OUT.
 
     RECIPE is a YAML or JSON file in mergekit's format. OUT is a folder to make (shards, index, config, tokenizer, README.md) or a file
@@ -33,15 +38,47 @@ def command(recipe, out, shard_size, dtype, out_dtype, seed, force, threads, no_
     from ..checkpoint.plan import make_plan
     from .progress import progress_bar
 
-    with make_plan(recipe, out, shard_size=shard_size, force=force, dtype=dtype, out_dtype=out_dtype, seed=seed) as plan:
-        if not quiet:
-            for warning in plan.warnings:
-                click.echo(f"warning: {warning}", err=True)
-        with progress_bar(plan.bytes_read + plan.bytes_written, quiet) as progress:
-            report = run_plan(plan, out, force=force, check_finite=not no_check_finite, progress=progress, threads=threads)
-    if not quiet:
+    meter = Meter()
+    try:
+        with make_plan(recipe, out, shard_size=shard_size, force=force, dtype=dtype, out_dtype=out_dtype, seed=seed) as plan:
+            if not quiet:
+                for warning in plan.warnings:
+                    click.echo(f"warning: {warning}", err=True)
+            with progress_bar("merging", quiet, meter) as progress:
+                report = run_plan(
+                    plan, out, force=force, check_finite=not no_check_finite, progress=progress, threads=threads, meter=meter
+                )
+    except KeyboardInterrupt as error:
+        error.args = (after_interruption(recipe, out),)
+        raise
+    if as_json:
+        print_json("merge/1", _as_dict(plan, report, meter))
+    elif not quiet:
         moved = report.bytes_read + report.bytes_written
         click.echo(
-            f"{out}: {report.tensors} tensors, {format_bytes(report.bytes_written)}, "
+            f"{out}: {count(report.tensors, 'tensor')}, {format_bytes(report.bytes_written)}, "
             f"merged by {plan.method.name} in {report.seconds:.1f} s ({format_bytes(moved / max(report.seconds, 1e-9))}/s)"
         )
+        if verbose:
+            _print_stages(meter)
+
+
+def _print_stages(meter: Meter) -> None:
+    for stage in STAGES:
+        slowest = "; the others waited for it" if stage == meter.slowest() else ""
+        moved, seconds = format_bytes(meter.bytes[stage]), meter.seconds[stage]
+        click.echo(f"  {stage}  {moved} in {seconds:.2f} s ({format_bytes(meter.rate(stage))}/s){slowest}")
+
+
+def _as_dict(plan, report, meter: Meter) -> dict:
+    return {
+        "out": str(report.out),
+        "merge_method": plan.method.name,
+        "files": [{"path": str(path), "bytes": path.stat().st_size} for path in report.files],
+        "tensors": report.tensors,
+        "bytes_read": report.bytes_read,
+        "bytes_written": report.bytes_written,
+        "seconds": report.seconds,
+        "stages": {stage: {"bytes": meter.bytes[stage], "seconds": meter.seconds[stage]} for stage in STAGES},
+        "warnings": list(report.warnings),
+    }
