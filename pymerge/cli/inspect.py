@@ -43,9 +43,9 @@ def command(checkpoint, layers, tensors, metadata, as_json) -> None:
     if tensors:
         click.echo("")
         table(
-            ["tensor", "dtype", "shape", "size", *(["file"] if len(opened.headers) > 1 else [])],
+            ["tensor", "dtype", "shape", "size", *(["file"] if len(opened.files) > 1 else [])],
             [
-                [i.name, i.dtype, str(list(i.shape)), format_bytes(i.nbytes), *([i.file.name] if len(opened.headers) > 1 else [])]
+                [i.name, i.dtype, str(list(i.shape)), format_bytes(i.nbytes), *([i.file.name] if len(opened.files) > 1 else [])]
                 for i in sorted(opened.tensors.values(), key=lambda i: in_order(i.name))
             ],
         )
@@ -82,7 +82,7 @@ def _as_dict(opened, tensors: bool) -> dict:
     result = {
         "path": str(opened.path),
         **_sizes(opened.tensors.values()),
-        "files": [{"name": h.file.name, "bytes": h.size, "tensors": len(h.tensors), "metadata": h.metadata} for h in opened.headers],
+        "files": _files(opened),
         "dtypes": {dtype: _sizes(infos) for dtype, infos in _by_dtype(opened).items()},
         "layers": [
             {"name": name, **_sizes(layers[name]), "dtypes": dict(Counter(i.dtype for i in layers[name]))}
@@ -102,24 +102,37 @@ def _print(opened) -> None:
     parameters = sum(info.numel for info in infos)
     click.echo(
         f"{opened.path}: {count(len(infos), 'tensor')}, {parameters:,} parameters, "
-        f"{format_bytes(opened.nbytes)} in {count(len(opened.headers), 'file')}"
+        f"{format_bytes(opened.nbytes)} in {count(len(opened.files), 'file')}"
     )
     for dtype, group in _by_dtype(opened).items():
         click.echo(f"  {dtype:<8} {count(len(group), 'tensor')}, {format_bytes(sum(i.nbytes for i in group))}")
     if infos:
         largest = max(infos, key=lambda info: info.nbytes)
         click.echo(f"  largest  {printable(largest.name)} {list(largest.shape)}, {format_bytes(largest.nbytes)}")
-    version = next((h.metadata["pymerge_version"] for h in opened.headers if "pymerge_version" in h.metadata), None)
+    version = next((m["pymerge_version"] for m in _metadata(opened).values() if "pymerge_version" in m), None)
     if version:
         click.echo(f"  merged by pymerge {printable(version)}; --metadata prints the recipe")
 
 
+def _metadata(opened) -> dict[str, dict[str, str]]:
+    """File name -> the strings in its header; only safetensors files have any."""
+    return {header.file.name: header.metadata for header in getattr(opened, "headers", ())}
+
+
+def _files(opened) -> list[dict]:
+    metadata, counts = _metadata(opened), Counter(info.file for info in opened.tensors.values())
+    return [
+        {"name": file.name, "bytes": file.stat().st_size, "tensors": counts[file], "metadata": metadata.get(file.name, {})}
+        for file in opened.files
+    ]
+
+
 def _print_metadata(opened) -> None:
     """Of each file; shards that all say the same, as those of a merge do, are told once."""
-    distinct = {tuple(sorted(header.metadata.items())): header for header in opened.headers}
-    for header in distinct.values():
+    distinct = {tuple(sorted(metadata.items())): name for name, metadata in _metadata(opened).items()}
+    for content, name in distinct.items():
         if len(distinct) > 1:
-            click.echo(f"\n[{header.file.name}]")
-        for key, value in header.metadata.items():
+            click.echo(f"\n[{name}]")
+        for key, value in content:
             key, value = printable(key), printable(value)
             click.echo(f"\n{key}:\n{value.rstrip()}" if "\n" in value else f"\n{key}: {value}")

@@ -71,9 +71,7 @@ def _as_dict(plan, tensors: bool) -> dict:
 
 
 def _inputs(plan) -> list[tuple[str, str, int]]:
-    indices = [index for index, _ in plan.tensors[0].inputs] if plan.tensors else []
-    roles = ["base" if i == 0 and plan.has_base else "model" for i in range(len(indices))]
-    return list(zip(plan.names, roles, indices, strict=True))
+    return [(name, "base" if index in plan.bases else "model", index) for index, name in enumerate(plan.names)]
 
 
 def _print(plan, tensors: bool) -> None:
@@ -82,7 +80,7 @@ def _print(plan, tensors: bool) -> None:
     click.echo(f"method   {plan.method.name}: {plan.method.summary}")
     for name, role, index in _inputs(plan):
         checkpoint = plan.checkpoints[index]
-        sizes = f"{count(len(checkpoint.tensors), 'tensor')}, {format_bytes(checkpoint.nbytes)} in {count(len(checkpoint.headers), 'file')}"
+        sizes = f"{count(len(checkpoint.tensors), 'tensor')}, {format_bytes(checkpoint.nbytes)} in {count(len(checkpoint.files), 'file')}"
         click.echo(f"{role:<8} {name}  ({sizes})")
     copied = sum(t.copied for t in plan.tensors)
     click.echo(f"merge    {count(len(plan.tensors) - copied, 'tensor')}" + (f", copy {copied} that are not floating point" if copied else ""))
