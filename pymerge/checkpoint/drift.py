@@ -227,7 +227,8 @@ def _compare_piece(a: torch.Tensor, b: torch.Tensor, code_a: str, code_b: str) -
         integers = _INTEGERS[max(1, dtypes.BITS[code_a] // 8)]
         changed = int(torch.count_nonzero(a.view(integers) != b.view(integers)))
     elif not numbers:
-        return len(a) * 8 // max(8, dtypes.BITS[code_a]), (0.0,) * 4, 0.0  # an integer is not the number that the same bits are in another type
+        # An integer is not the number that the same bits are in another type.
+        return len(a) * 8 // max(8, dtypes.BITS[code_a]), (0.0,) * 4, 0.0
     if not numbers:
         return changed, (0.0,) * 4, 0.0
     x, y = a.view(dtypes.torch_dtype(code_a)), b.view(dtypes.torch_dtype(code_b))

@@ -39,7 +39,9 @@ def _or_last(value: float) -> float:
 @click.option("--by", type=click.Choice(["layer", "kind", "tensor"]), default="layer", show_default=True, help="What a row is about.")
 @click.option("--sort", type=click.Choice(list(_ORDERS)), default="name", show_default=True, help="The order of rows, largest first.")
 @click.option("--top", type=click.IntRange(1), metavar="N", help="Print the first N rows only.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the drift over the layers into this .png, .svg or .pdf.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the drift over the layers into this .png, .svg or .pdf."
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors; the exit status tells.")
 @as_json
 def command(a, b, by, sort, top, plot, quiet, as_json) -> None:
@@ -97,13 +99,17 @@ def _print(by: str, result, rows) -> None:
         )  # fmt: skip
     changed = sum(t.changed > 0 for t in result.tensors)
     click.echo(f"\n{count(len(result.tensors), 'tensor')} compared: {changed:,} differ, {len(result.tensors) - changed:,} are equal")
-    recast = [t for t in result.tensors if t.dtypes[0] != t.dtypes[1]]
+    recast = _recast(result)
     if recast:
         kinds = sorted({f"{x} in A, {y} in B" for x, y in (t.dtypes for t in recast)})
         click.echo(f"{count(len(recast), 'tensor')} of different dtype ({'; '.join(kinds)}), compared by value")
     for side, infos in (("A", result.only_in_a), ("B", result.only_in_b)):
         _list(f"only in {side}", [f"{printable(i.name)}  {i.dtype} {list(i.shape)}" for i in infos])
     _list("of different shape", [f"{printable(x.name)}  {list(x.shape)} in A, {list(y.shape)} in B" for x, y in result.reshaped])
+
+
+def _recast(result) -> list:
+    return [t for t in result.tensors if t.dtypes[0] != t.dtypes[1]]
 
 
 def _list(title: str, lines: list[str]) -> None:
@@ -133,7 +139,7 @@ def _as_dict(a: Path, b: Path, by: str, result, rows) -> dict:
         "only_in_a": [_info(i) for i in result.only_in_a],
         "only_in_b": [_info(i) for i in result.only_in_b],
         "different_shape": [{"name": x.name, "shape_a": list(x.shape), "shape_b": list(y.shape)} for x, y in result.reshaped],
-        "different_dtype": [{"name": t.name, "dtype_a": t.dtypes[0], "dtype_b": t.dtypes[1]} for t in result.tensors if t.dtypes[0] != t.dtypes[1]],
+        "different_dtype": [{"name": t.name, "dtype_a": t.dtypes[0], "dtype_b": t.dtypes[1]} for t in _recast(result)],
     }  # fmt: skip
 
 

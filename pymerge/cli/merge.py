@@ -45,9 +45,7 @@ def command(recipe, out, shard_size, dtype, out_dtype, seed, force, threads, no_
                 for warning in plan.warnings:
                     click.echo(f"warning: {warning}", err=True)
             with progress_bar("merging", quiet, meter) as progress:
-                report = run_plan(
-                    plan, out, force=force, check_finite=not no_check_finite, progress=progress, threads=threads, meter=meter
-                )
+                report = run_plan(plan, out, force=force, check_finite=not no_check_finite, progress=progress, threads=threads, meter=meter)
     except KeyboardInterrupt as error:
         error.args = (after_interruption(recipe, out),)
         raise

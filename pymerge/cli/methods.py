@@ -37,8 +37,8 @@ def command(name, as_json) -> None:
         width = max(len(method.name) for method in chosen)
         room = max(40, min(shutil.get_terminal_size().columns, 120) - width - 2)
         for method in chosen:
-            lines = textwrap.wrap(method.summary, room) or [""]
-            click.echo("\n".join(f"{name:<{width}}  {line}" for name, line in zip([method.name, *[""] * (len(lines) - 1)], lines, strict=True)))
+            summary = textwrap.fill(method.summary, room).replace("\n", "\n" + " " * (width + 2))
+            click.echo(f"{method.name:<{width}}  {summary}")
         click.echo("\n`pymerge methods NAME` describes one with its parameters.")
 
 

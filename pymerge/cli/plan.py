@@ -83,7 +83,9 @@ def _print(plan, tensors: bool) -> None:
         sizes = f"{count(len(checkpoint.tensors), 'tensor')}, {format_bytes(checkpoint.nbytes)} in {count(len(checkpoint.files), 'file')}"
         click.echo(f"{role:<8} {name}  ({sizes})")
     copied = sum(t.copied for t in plan.tensors)
-    click.echo(f"merge    {count(len(plan.tensors) - copied, 'tensor')}" + (f", copy {copied} that are not floating point" if copied else ""))
+    click.echo(
+        f"merge    {count(len(plan.tensors) - copied, 'tensor')}" + (f", copy {copied} that are not floating point" if copied else "")
+    )
     click.echo(f"read     {format_bytes(plan.bytes_read)}")
     shards = plan.layout.shards
     files = shards[0].file_name if len(shards) == 1 else f"{len(shards)} files of at most {format_bytes(max(s.size for s in shards))}"
