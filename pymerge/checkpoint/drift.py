@@ -1,6 +1,6 @@
 """How far apart two checkpoints are: per tensor, per layer, per kind of tensor.
 
-Every tensor is read once, in pieces, so memory stays below 100 MB whatever the size of the models. Sums are fp64 in a fixed order
+Every tensor is read once, in pieces of a few megabytes, so memory does not grow with the models. Sums are fp64 in a fixed order
 (:func:`pymerge.ops.dots` for each piece of :data:`PIECE` elements, pieces in order): the same numbers for any number of threads.
 """
 
@@ -22,8 +22,8 @@ from .reader import open_checkpoint
 
 __all__ = ["CheckpointDrift", "Drift", "diff"]
 
-PIECE = 2**20
-"""Elements that are compared at once: their fp32 copies fit into the caches, and a piece is large enough that Python's part is small."""
+PIECE = 2**18
+"""Elements that are compared at once: few enough for their fp32 copies to stay in the caches, many enough for Python's part to be small."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -188,6 +188,7 @@ class _Buffers:
 
 def _compare(first, second, pairs, progress) -> list[Drift]:
     found = [Drift(x.name, 1, _elements(x), 0, x.nbytes, (x.dtype, y.dtype)) for x, y in pairs]
+    comparison = _Comparison()
     total, done = sum(x.nbytes + y.nbytes for x, y in pairs), 0
     with ThreadPoolExecutor(2, thread_name_prefix="pymerge-read") as pool:
         now, ahead = (_Buffers((first, second), pairs, pool) for _ in range(2))
@@ -197,7 +198,7 @@ def _compare(first, second, pairs, progress) -> list[Drift]:
             ahead.fill(next(pieces, None))
             a, b = now.bytes()
             i = now.piece.pair
-            changed, squares, max_abs = _compare_piece(a, b, *found[i].dtypes)
+            changed, squares, max_abs = comparison.of(a, b, *found[i].dtypes)
             old = found[i]
             found[i] = replace(
                 old,
@@ -220,27 +221,37 @@ def _elements(info: TensorInfo) -> int:
     return info.numel if dtypes.BITS[info.dtype] >= 8 else info.nbytes
 
 
-def _compare_piece(a: torch.Tensor, b: torch.Tensor, code_a: str, code_b: str) -> tuple[int, tuple[float, ...], float]:
-    """(changed elements, the four sums, largest difference) of a piece's bytes."""
-    numbers = dtypes.is_merged(code_a) and dtypes.is_merged(code_b)
-    if code_a == code_b:
-        integers = _INTEGERS[max(1, dtypes.BITS[code_a] // 8)]
-        changed = int(torch.count_nonzero(a.view(integers) != b.view(integers)))
-    elif not numbers:
-        # An integer is not the number that the same bits are in another type.
-        return len(a) * 8 // max(8, dtypes.BITS[code_a]), (0.0,) * 4, 0.0
-    if not numbers:
-        return changed, (0.0,) * 4, 0.0
-    x, y = a.view(dtypes.torch_dtype(code_a)), b.view(dtypes.torch_dtype(code_b))
-    aa, bb, ab = ops.dots(x, y).tolist()
-    if code_a == code_b and not changed and math.isfinite(bb):
-        return 0, (0.0, aa, bb, ab), 0.0
-    wide = torch.float64 if "F64" in (code_a, code_b) else torch.float32
-    difference = x.to(wide) - y.to(wide)
-    if code_a != code_b:
-        changed = int(torch.count_nonzero(x.to(wide) != y.to(wide)))
-    low, high = difference.aminmax()
-    return changed, (ops.dots(difference, difference)[0].item(), aa, bb, ab), _larger(-low.item(), high.item())
+class _Comparison:
+    """Compares pieces, in memory that it keeps: fresh memory for every piece would cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._scratch: dict[torch.dtype, list[torch.Tensor]] = {}
+
+    def of(self, a: torch.Tensor, b: torch.Tensor, code_a: str, code_b: str) -> tuple[int, tuple[float, ...], float]:
+        """(changed elements, the four sums, largest difference) of a piece's bytes."""
+        nothing = (0.0, 0.0, 0.0, 0.0)
+        changed = 0
+        if code_a == code_b:
+            integers = _INTEGERS[max(1, dtypes.BITS[code_a] // 8)]
+            changed = int(torch.count_nonzero(a.view(integers) != b.view(integers)))
+        if not (dtypes.is_merged(code_a) and dtypes.is_merged(code_b)):
+            # An integer is not the number that the same bits are in another type.
+            return (changed if code_a == code_b else len(a) * 8 // max(8, dtypes.BITS[code_a])), nothing, 0.0
+        x, y = a.view(dtypes.torch_dtype(code_a)), b.view(dtypes.torch_dtype(code_b))
+        aa, bb, ab = ops.dots(x, y).tolist()
+        if code_a == code_b and not changed and math.isfinite(bb):
+            return 0, (0.0, aa, bb, ab), 0.0
+        wide_x, wide_y = self._wide(torch.float64 if "F64" in (code_a, code_b) else torch.float32, x, y)
+        if code_a != code_b:
+            changed = int(torch.count_nonzero(wide_x != wide_y))
+        difference = wide_x.sub_(wide_y)
+        low, high = difference.aminmax()
+        return changed, (ops.dots(difference, difference)[0].item(), aa, bb, ab), _larger(-low.item(), high.item())
+
+    def _wide(self, dtype: torch.dtype, *pieces: torch.Tensor) -> list[torch.Tensor]:
+        if dtype not in self._scratch:
+            self._scratch[dtype] = [torch.empty(PIECE, dtype=dtype) for _ in pieces]
+        return [memory[: len(piece)].copy_(piece) for memory, piece in zip(self._scratch[dtype], pieces, strict=True)]
 
 
 def _larger(x: float, y: float) -> float:

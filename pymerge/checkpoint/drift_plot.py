@@ -64,6 +64,8 @@ def _lines(axes, result: CheckpointDrift) -> None:
     positive = [value for points in [*stacks.values(), *kinds.values()] for _, value in points if value > 0]
     if positive and max(positive) > 100 * min(positive):
         axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative drift ||a - b|| / ||b||")
     axes.legend(fontsize="x-small", ncols=2)

@@ -56,9 +56,10 @@ def command(a, b, by, sort, top, plot, quiet, as_json) -> None:
         if plot is not None:
             _check_plot(plot)
         from ..checkpoint.drift import diff
-        from .progress import progress_bar
+        from .progress import Progress, shown
 
-        with progress_bar("comparing", quiet) as progress:
+        progress = Progress()
+        with shown("comparing", progress, quiet):
             result = diff(a, b, progress=progress)
         if plot is not None:
             from ..checkpoint.drift_plot import plot_drift
@@ -87,6 +88,9 @@ def _check_plot(file: Path) -> None:
 
 
 def _print(by: str, result, rows) -> None:
+    if result.equal:
+        click.echo(f"equal: {count(len(result.tensors), 'tensor')}, {format_bytes(result.total.bytes)}, bit for bit")
+        return
     if result.tensors:
         total = [result.total] if len(rows) > 1 else []
         table(

@@ -36,16 +36,16 @@ def command(recipe, out, shard_size, dtype, out_dtype, seed, force, threads, no_
     """
     from ..checkpoint.merge import run_plan
     from ..checkpoint.plan import make_plan
-    from .progress import progress_bar
+    from .progress import Progress, shown
 
     meter = Meter()
     try:
         with make_plan(recipe, out, shard_size=shard_size, force=force, dtype=dtype, out_dtype=out_dtype, seed=seed) as plan:
-            if not quiet:
+            if not (quiet or as_json):
                 for warning in plan.warnings:
                     click.echo(f"warning: {warning}", err=True)
-            with progress_bar("merging", quiet, meter) as progress:
-                report = run_plan(plan, out, force=force, check_finite=not no_check_finite, progress=progress, threads=threads, meter=meter)
+            with shown("merging", Progress(plan.bytes_read + plan.bytes_written, meter), quiet):
+                report = run_plan(plan, out, force=force, check_finite=not no_check_finite, threads=threads, meter=meter)
     except KeyboardInterrupt as error:
         error.args = (after_interruption(recipe, out),)
         raise

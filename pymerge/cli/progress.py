@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import click
 
 from ..checkpoint.meter import Meter
 from ..checkpoint.sizes import format_bytes
 
-__all__ = ["progress_bar"]
+__all__ = ["Progress", "shown"]
 
 WINDOW = 5.0
 """Seconds that the current rate is taken over."""
 
 EVERY = 10.0
 """Seconds between two lines where stderr is no terminal: nothing for a short run, and a log that stays readable for a long one."""
+
+
+TICK = 0.2
+"""Seconds between two looks at what has been done."""
+
+
+class Progress:
+    """Bytes done so far and in all, and who knows how fast: written by who works, read by who shows.
+
+    Attributes:
+        done, total: bytes.
+        meter: of the stages, if there are any; then its bytes read and written are what has been done.
+    """
+
+    def __init__(self, total: int = 0, meter: Meter | None = None) -> None:
+        self.done, self.total, self.meter = 0, total, meter
+
+    def __call__(self, done: int, total: int) -> None:
+        """For functions that report their progress by calling."""
+        self.done, self.total = done, total
+
+    def look(self) -> tuple[int, int]:
+        """(bytes done, bytes in all)."""
+        done = self.done if self.meter is None else self.meter.bytes["reading"] + self.meter.bytes["writing"]
+        return min(done, self.total), self.total
+
+    def pace(self) -> str:
+        """Which stage the others wait for, and how fast it is."""
+        stage = self.meter.slowest() if self.meter is not None else None
+        return f"{stage} sets the pace: {format_bytes(self.meter.rate(stage))}/s" if stage else ""
 
 
 class _Rate:
@@ -38,55 +70,71 @@ class _Rate:
 
 
 @contextmanager
-def progress_bar(what: str, quiet: bool, meter: Meter | None = None) -> Iterator[Callable[[int, int], None] | None]:
-    """A function of (bytes done, bytes in all) that shows them, the rate of the last seconds and the time left; None when `quiet`.
+def shown(what: str, progress: Progress, quiet: bool) -> Iterator[None]:
+    """Show `progress` on stderr while this block runs: bytes, the rate of the last seconds, the time left, the slowest stage.
 
-    With a `meter` it says which stage sets the pace, and how fast that one is.
+    On a terminal a bar that is gone afterwards; elsewhere a line every few seconds; nothing when `quiet`.
     """
     if quiet:
-        yield None
-    elif sys.stderr.isatty():
-        yield from _bar(what, meter)
-    else:
-        yield _lines(what, meter)
+        yield
+        return
+    with _Bar(what, progress) if sys.stderr.isatty() else nullcontext(_Lines(what, progress)) as show:
+        ended = threading.Event()
+
+        def tick() -> None:
+            while not ended.wait(TICK):
+                show()
+
+        ticker = threading.Thread(target=tick, name="pymerge-progress", daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            ticker.join()
 
 
-def _bar(what: str, meter: Meter | None) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+class _Bar:
+    def __init__(self, what: str, progress: Progress) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Live
 
-    columns = (
-        TextColumn(what), BarColumn(bar_width=None), TaskProgressColumn(), TextColumn("{task.fields[bytes]}"),
-        TimeRemainingColumn(compact=True), TextColumn("{task.fields[pace]}"),
-    )  # fmt: skip
-    rate = _Rate()
-    with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
-        task = bar.add_task("", total=None, bytes="", pace="")
+        columns = (
+            TextColumn(what), BarColumn(bar_width=None), TaskProgressColumn(), TextColumn("{task.fields[bytes]}"),
+            TimeRemainingColumn(compact=True), TextColumn("{task.fields[pace]}"),
+        )  # fmt: skip
+        # The terminal writes ^C behind the bar; it must not wrap, or the bar could not be found again to be wiped.
+        console = Console(stderr=True, width=max(20, shutil.get_terminal_size().columns - 4))
+        self._live = Live(*columns, console=console, transient=True, expand=True, auto_refresh=False)
+        self._progress, self._rate = progress, _Rate()
 
-        def update(done: int, total: int) -> None:
-            speed = format_bytes(rate.add(done))
-            bar.update(task, completed=done, total=total, bytes=f"{format_bytes(total)} at {speed}/s", pace=_pace(meter))
+    def __enter__(self) -> _Bar:
+        self._live.start()
+        self._task = self._live.add_task("", total=None, bytes="", pace="")
+        return self
 
-        yield update
+    def __exit__(self, *_) -> None:
+        self._live.stop()
+
+    def __call__(self) -> None:
+        done, total = self._progress.look()
+        if total:
+            text = f"{format_bytes(total)} at {format_bytes(self._rate.add(done))}/s"
+            self._live.update(self._task, completed=done, total=total, bytes=text, pace=self._progress.pace(), refresh=True)
 
 
-def _lines(what: str, meter: Meter | None) -> Callable[[int, int], None]:
-    rate, last = _Rate(), time.monotonic()
+class _Lines:
+    def __init__(self, what: str, progress: Progress) -> None:
+        self._what, self._progress, self._rate, self._last = what, progress, _Rate(), time.monotonic()
 
-    def update(done: int, total: int) -> None:
-        nonlocal last
-        speed = rate.add(done)
-        if time.monotonic() - last < EVERY or done >= total:
+    def __call__(self) -> None:
+        done, total = self._progress.look()
+        speed, now = self._rate.add(done), time.monotonic()
+        if now - self._last < EVERY or not total:
             return
-        last = time.monotonic()
-        left = f", {(total - done) / speed:.0f} s left" if speed > 0 else ""
-        share = f"{100 * done // total} % of {format_bytes(total)}"
-        pace = _pace(meter)
-        click.echo(f"{what}: {share}, {format_bytes(speed)}/s{left}{f', {pace}' if pace else ''}", err=True)
-
-    return update
-
-
-def _pace(meter: Meter | None) -> str:
-    stage = meter.slowest() if meter is not None else None
-    return f"{stage} sets the pace: {format_bytes(meter.rate(stage))}/s" if stage else ""
+        self._last = now
+        parts = [f"{100 * done // total} % of {format_bytes(total)}", f"{format_bytes(speed)}/s"]
+        parts += [f"{(total - done) / speed:.0f} s left"] if speed > 0 else []
+        parts += [self._progress.pace()] if self._progress.pace() else []
+        click.echo(f"{self._what}: {', '.join(parts)}", err=True)
