@@ -17,7 +17,7 @@ from .. import ops
 from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
 from . import dtypes
-from .extras import config_with_dtype, files_to_copy, model_card, read_small
+from .extras import CardInput, config_with_dtype, files_to_copy, model_card, read_small
 from .meter import Meter
 from .pipeline import Starts, run
 from .plan import Plan, TensorPlan, make_plan
@@ -163,9 +163,15 @@ def _extra_files(plan: Plan, title: str) -> dict[str, bytes]:
     content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
     if "config.json" in content:
         content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))
-    models = [name for i, name in enumerate(plan.names) if i not in plan.bases]
-    content["README.md"] = model_card(plan.recipe, title, models, plan.recipe.base_model, "config.json" in content).encode()
+    content["README.md"] = model_card(plan.recipe, title, _card_inputs(plan), "config.json" in content).encode()
     return content
+
+
+def _card_inputs(plan: Plan) -> list[CardInput]:
+    return [
+        CardInput(name, i in plan.bases, checkpoint.nbytes, tuple(sorted({info.dtype for info in checkpoint.tensors.values()})))
+        for i, (name, checkpoint) in enumerate(zip(plan.names, plan.checkpoints, strict=True))
+    ]
 
 
 def _main_dtype(plan: Plan) -> str:
@@ -225,7 +231,7 @@ class _TensorMerger:
                 first, other = (self._plan.names[tensor.inputs[k][0]] for k in (0, i))
                 raise MergeError(
                     f"{tensor.output.name!r} is of dtype {tensor.output.dtype}, which cannot be merged, "
-                    f"and differs between {first} and {other}"
+                    f"and differs between {first} and {other}; merge models that agree in it"
                 )
         out.copy_(pieces[0])
 
@@ -236,7 +242,9 @@ class _TensorMerger:
         except NonFiniteError as error:
             raise NonFiniteError(self._with_model_name(str(error), tensor)) from None
         except (MemoryError, torch.OutOfMemoryError):
-            raise MergeError(f"{tensor.output.name!r}: there is not enough memory to merge it") from None
+            raise MergeError(
+                f"{tensor.output.name!r}: there is not enough memory to merge it; `pymerge plan` shows how much the merge takes"
+            ) from None
         except (ValueError, TypeError, RuntimeError) as error:
             raise MergeError(f"{tensor.output.name!r}: {self._plan.method.name!r} failed: {error}") from error
 

@@ -69,7 +69,8 @@ parameters:
         "r.yml:5: models[0].model: 'lm_head.weight' is [41, 16] in b and [40, 16] in a",
         "r.yml:6: models[0].parameters: 'weight' is required by 'ties' and is not given here nor in the global parameters",
         "r.yml:7: models[0].parameters.weigth: unknown parameter of 'ties'; did you mean 'weight'?",
-        "r.yml:8: models[1].model: c.safetensors: truncated: header of 500 bytes announced, but the file has 10 bytes in all",
+        "r.yml:8: models[1].model: c.safetensors: truncated: header of 500 bytes announced, but the file has 10 bytes in all; "
+        "copy or download it again",
         "r.yml:11: models[2].model: 'org/model-7B' does not exist; models are not downloaded: "
         "fetch it (`hf download org/model-7B --local-dir FOLDER`) and give that folder",
         "r.yml:11: models[2].parameters: 'weight' is required by 'ties' and is not given here nor in the global parameters",
