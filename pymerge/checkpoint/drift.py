@@ -55,7 +55,7 @@ class Drift:
     @property
     def relative(self) -> float:
         """||a - b|| / ||b||; infinite when only b is zero, NaN when a value is."""
-        difference, _, _, b = self.squares
+        difference, _, b, _ = self.squares
         if b == 0:
             return 0.0 if difference == 0 else math.inf if difference > 0 else math.nan
         return math.sqrt(difference) / math.sqrt(b)

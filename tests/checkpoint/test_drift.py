@@ -75,12 +75,15 @@ def test_same_numbers_for_any_number_of_threads(tmp_path):
 
 
 def test_what_only_one_has_and_what_cannot_be_compared(tmp_path):
-    one = torch.ones(2)
+    def tensors(**others):
+        return {"same": torch.ones(2), "empty": torch.ones(0), **others}
+
+    ids = torch.arange(6)
     result = compare(
         tmp_path,
-        {"same": one, "mine": one, "shape": torch.ones(2, 2), "ids": torch.arange(6), "kind": torch.ones(3), "empty": torch.ones(0)},
-        {"same": one, "yours": one, "shape": torch.ones(4), "ids": torch.arange(6) // 3 * 3, "kind": torch.ones(3).int(), "empty": torch.ones(0)},
-    )  # fmt: skip
+        tensors(mine=torch.ones(2), shape=torch.ones(2, 2), ids=ids, kind=torch.ones(3)),
+        tensors(yours=torch.ones(2), shape=torch.ones(4), ids=ids // 3 * 3, kind=torch.ones(3).int()),
+    )
     assert [i.name for i in result.only_in_a] == ["mine"] and [i.name for i in result.only_in_b] == ["yours"]
     assert [(x.shape, y.shape) for x, y in result.reshaped] == [((2, 2), (4,))]
     found = {t.name: t for t in result.tensors}
@@ -91,11 +94,11 @@ def test_what_only_one_has_and_what_cannot_be_compared(tmp_path):
 
 
 def test_values_without_a_ratio(tmp_path):
-    nan, zero = torch.tensor([1.0, math.nan]), torch.zeros(2)
+    nan = torch.tensor([1.0, math.nan])
     result = compare(
         tmp_path,
-        {"nan": nan, "zero": zero, "from_zero": torch.ones(2), "sign": -zero},
-        {"nan": nan, "zero": zero, "from_zero": zero, "sign": zero},
+        {"nan": nan, "zero": torch.zeros(2), "from_zero": torch.ones(2), "sign": -torch.zeros(2)},
+        {"nan": nan, "zero": torch.zeros(2), "from_zero": torch.zeros(2), "sign": torch.zeros(2)},
     )
     found = {t.name: t for t in result.tensors}
     assert found["nan"].changed == 0 and math.isnan(found["nan"].relative), "the same bits, and yet no number"

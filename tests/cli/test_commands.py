@@ -128,7 +128,7 @@ def test_inspect(models):
     ]  # fmt: skip
     assert sum(layer["bytes"] for layer in content["layers"]) == content["bytes"]
     index = run("inspect", "b/model.safetensors.index.json", "--layers", cwd=models)
-    assert index.returncode == 0 and re.search(r"model.layers.1 +3 +1,040 +4.16 kB +F32", index.stdout)
+    assert index.returncode == 0 and re.search(r"model.layers.1 +3 +784 +3.14 kB +F32", index.stdout)
     (models / "bad.safetensors").write_bytes(raw({}, length=100))
     bad = run("inspect", "bad.safetensors", cwd=models)
     assert bad.returncode == 2 and bad.stderr == (
