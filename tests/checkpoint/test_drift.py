@@ -29,7 +29,7 @@ def expected(x, y):
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 700), min_size=1, max_size=3),
     pair=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
@@ -51,7 +51,8 @@ def test_agrees_with_plain_arithmetic(tmp_path_factory, sizes, pair, seed):
         assert tensor.relative == pytest.approx(relative.item(), rel=1e-5, abs=1e-12)
         assert tensor.max_abs == pytest.approx(largest.item(), rel=1e-6)
         assert tensor.cosine == pytest.approx(cosine.item(), abs=1e-6)
-        assert tensor.changed == int((x.double() != y.double()).sum())
+        bits = [t.view(torch.uint8).view(len(x), -1) for t in (x, y)]
+        assert tensor.changed == int((bits[0] != bits[1]).any(1).sum() if x.dtype == y.dtype else (x.double() != y.double()).sum())
     whole = result.total
     relative, largest, cosine = expected(torch.cat([x.double() for x in a.values()]), torch.cat([x.double() for x in b.values()]))
     assert whole.relative == pytest.approx(relative.item(), rel=1e-5, abs=1e-12) and whole.max_abs == pytest.approx(

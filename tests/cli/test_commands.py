@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import pymerge
 from pymerge.cli import main
+from pymerge.cli.main import COMMANDS
 from tests.checkpoint.files import raw, save_model, tensors_of, tree
 
 ROOT = Path(pymerge.__file__).parent.parent
@@ -145,7 +146,7 @@ def test_names_cannot_control_the_terminal(models):
 def test_usage(models):
     help_text = run("--help", cwd=models).stdout
     assert all(word in help_text for word in ("merge", "plan", "methods", "inspect", "Exit status: 0 done", "130 interrupted"))
-    for command in ("merge", "plan", "methods", "inspect"):
+    for command in COMMANDS:
         assert run(command, "--help", cwd=models).returncode == 0
     assert run("--version", cwd=models).stdout == f"pymerge {pymerge.__version__}\n"
     wrong = run("mrge", "r.yml", cwd=models)
