@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .merge_methods.task_arithmetic import task_arithmetic
     from .merge_methods.ties import ties
     from .merge_methods.wise_ft import wise_ft
+    from .metrics import backward_transfer, forward_transfer
     from .ops import NonFiniteError, backend
+    from .replay import ReplayMixer, make_replay_stream
 
 __all__ = [
     "EMA",
@@ -33,14 +35,18 @@ __all__ = [
     "Method",
     "NonFiniteError",
     "Parameter",
+    "ReplayMixer",
     "__version__",
     "backend",
+    "backward_transfer",
     "dare_linear",
     "dare_ties",
     "ema_update",
+    "forward_transfer",
     "get_method",
     "greedy_soup",
     "linear",
+    "make_replay_stream",
     "merge",
     "methods",
     "model_soup",
@@ -65,7 +71,9 @@ _HOME = {
     "merge_methods.task_arithmetic": ("task_arithmetic",),
     "merge_methods.ties": ("ties",),
     "merge_methods.wise_ft": ("wise_ft",),
+    "metrics": ("backward_transfer", "forward_transfer"),
     "ops": ("NonFiniteError", "backend"),
+    "replay": ("ReplayMixer", "make_replay_stream"),
 }
 _LAZY = {name: module for module, names in _HOME.items() for name in names}
 

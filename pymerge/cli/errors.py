@@ -6,9 +6,9 @@ import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-__all__ = ["FAILED", "INTERRUPTED", "REFUSED", "Explanation", "exits_with", "explain"]
+__all__ = ["FAILED", "INTERRUPTED", "REFUSED", "Explanation", "exits_with", "explain", "notes_of"]
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
@@ -22,17 +22,20 @@ class Explanation:
         message: for people.
         status: to exit with.
         problems: of a recipe: each with source, line, place and message.
+        notes: what was kept, how to go on.
     """
 
     kind: str
     message: str
     status: int
     problems: list[dict] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict:
         """The content of the JSON document "error/1"."""
         result = {"kind": self.kind, "message": self.message, "exit_status": self.status}
-        return {**result, "problems": self.problems} if self.problems else result
+        optional = {"problems": self.problems, "notes": list(self.notes)}
+        return {**result, **{key: value for key, value in optional.items() if value}}
 
 
 @contextmanager
@@ -45,8 +48,18 @@ def exits_with(status: int) -> Iterator[None]:
         raise
 
 
+def notes_of(error: BaseException | None) -> tuple[str, ...]:
+    """What was added to an error on its way (``add_note``, which Python 3.10 does not have): what was kept, how to go on."""
+    return tuple(getattr(error, "__notes__", ()))
+
+
 def explain(error: Exception) -> Explanation | None:
     """An error's explanation; None for one that is a defect of pymerge."""
+    explanation = _explain(error)
+    return explanation and replace(explanation, notes=notes_of(error))
+
+
+def _explain(error: Exception) -> Explanation | None:
     status = getattr(error, "exit_status", FAILED)
     known = _known()
     if isinstance(error, known.get("RecipeError", ())):

@@ -9,4 +9,4 @@ __all__ = ["after_interruption"]
 
 def after_interruption(recipe: Path, out: Path) -> str:
     """For whoever pressed Ctrl-C: what was kept and how to go on."""
-    return f"interrupted: nothing was kept, {out} is as it was before; to start over: pymerge merge {recipe} {out}"
+    return f"nothing was kept, {out} is as it was before; to start over: pymerge merge {recipe} {out}"

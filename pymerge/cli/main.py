@@ -11,12 +11,12 @@ import threading
 import click
 
 from .._version import __version__
-from .errors import INTERRUPTED, REFUSED, Explanation, explain
+from .errors import INTERRUPTED, REFUSED, Explanation, explain, notes_of
 from .text import print_json
 
 __all__ = ["Terminated", "main"]
 
-COMMANDS = ("merge", "plan", "inspect", "diff", "methods", "bench", "env", "completion")
+COMMANDS = ("merge", "plan", "inspect", "diff", "methods", "report", "bench", "env", "completion")
 
 HELP = """Merge the weights of neural networks that share a base: checkpoint files in, a checkpoint file out.
 
@@ -98,10 +98,9 @@ def main(args: list[str] | None = None, prog_name: str = "pymerge") -> None:
             error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
-        cause = error if isinstance(error, KeyboardInterrupt) else error.__cause__
-        told = cause.args[0] if cause is not None and cause.args else "interrupted"
+        cause = error if isinstance(error, KeyboardInterrupt) else error.__cause__  # click makes an Abort of Ctrl-C
         code = 128 + signal.SIGTERM if isinstance(cause, Terminated) else INTERRUPTED
-        _tell(Explanation("interrupted", told, code), as_json)
+        _tell(Explanation("interrupted", "interrupted", code, notes=notes_of(cause)), as_json)
     except BrokenPipeError:
         # Whoever read our output has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -118,10 +117,10 @@ def main(args: list[str] | None = None, prog_name: str = "pymerge") -> None:
 def _tell(explanation: Explanation, as_json: bool) -> None:
     if as_json:
         print_json("error/1", explanation.as_dict())
-    elif explanation.kind in ("recipe", "interrupted"):
-        click.echo(explanation.message, err=True)
-    else:
-        click.echo(f"error: {explanation.message}", err=True)
+        return
+    click.echo(f"{'' if explanation.kind in ('recipe', 'interrupted') else 'error: '}{explanation.message}", err=True)
+    for note in explanation.notes:
+        click.echo(note, err=True)
 
 
 def _terminate(number: int, frame: object) -> None:

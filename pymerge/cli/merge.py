@@ -47,7 +47,7 @@ def command(recipe, out, shard_size, dtype, out_dtype, seed, force, threads, no_
             with shown("merging", Progress(plan.bytes_read + plan.bytes_written, meter), quiet):
                 report = run_plan(plan, out, force=force, check_finite=not no_check_finite, threads=threads, meter=meter)
     except KeyboardInterrupt as error:
-        error.args = (after_interruption(recipe, out),)
+        error.__notes__ = getattr(error, "__notes__", [after_interruption(recipe, out)])
         raise
     if as_json:
         print_json("merge/1", _as_dict(plan, report, meter))
