@@ -17,7 +17,7 @@ from .sizes import format_bytes
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
-__all__ = ["COPIED", "CardInput", "config_with_dtype", "files_to_copy", "model_card", "read_config"]
+__all__ = ["COPIED", "CardInput", "config_with_dtype", "files_to_copy", "model_card", "read_config", "read_json"]
 
 MAX_BYTES = 200_000_000
 
@@ -57,12 +57,21 @@ def read_config(folder: Path | None) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it is not a JSON object.
     """
-    if folder is None or not (folder / "config.json").is_file():
+    return None if folder is None else read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A small JSON file, None when there is none.
+
+    Raises:
+        CheckpointError: it is not a JSON object.
+    """
+    if not path.is_file():
         return None
-    config = load_json(read_small(folder / "config.json"), str(folder / "config.json"))
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: is not a JSON object")
-    return config
+    content = load_json(read_small(path), str(path))
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return content
 
 
 def config_with_dtype(raw: bytes, code: str) -> bytes:

@@ -18,9 +18,10 @@ from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
 from . import dtypes
 from .extras import CardInput, config_with_dtype, files_to_copy, model_card, read_small
+from .many import plan_merges
 from .meter import Meter
 from .pipeline import Starts, run
-from .plan import Plan, TensorPlan, make_plan
+from .plan import Plan, TensorPlan
 from .settings import is_built_in
 from .sizes import parse_bytes
 from .writer import CheckpointWriter, is_file_target
@@ -69,11 +70,13 @@ def merge(
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
     seed: int | None = None,
+    download: bool = False,
 ) -> MergeReport:
     """Merge checkpoints on disk as a recipe says, tensor by tensor.
 
     Memory stays near the largest tensor of each model, counted once, plus at most 200 MB on the way, whatever the size of the models.
     The result appears at `out` complete or not at all. The same recipe and models give the same bytes, for any number of threads.
+    A file with several recipes is merged into folders of their names in `out`; what is there already is not merged again.
 
     Args:
         recipe: a YAML or JSON file in mergekit's format, or a mapping of the same form. Relative paths of models are looked up in the
@@ -86,6 +89,10 @@ def merge(
         progress: called as ``progress(bytes_done, bytes_total)`` while merging.
         threads: that compute (by default torch's number) and that read files (by default one per CPU, at most 4).
         seed: overrides the recipe's, for methods that drop at random.
+        download: fetch models that the recipe names by hub id and that are not in the Hugging Face cache.
+
+    Returns:
+        What was done; for several recipes, for the last of them.
 
     Raises:
         RecipeError: the recipe, the models' headers or `out` do not allow the merge; lists everything that is wrong. No tensor was read.
@@ -94,11 +101,15 @@ def merge(
         MergeError: the method failed, a result overflowed, or integer tensors differ.
         OSError: writing failed.
     """
-    plan = make_plan(
-        recipe, out, shard_size=parse_bytes(shard_size), force=force, dtype=_text(dtype), out_dtype=_text(out_dtype), seed=seed
-    )
-    with plan:
-        return run_plan(plan, out, force=force, check_finite=check_finite, progress=progress, threads=threads)
+    options = {"shard_size": parse_bytes(shard_size), "dtype": _text(dtype), "out_dtype": _text(out_dtype), "seed": seed}
+    report = None
+    for place, plan in plan_merges(recipe, out, force=force, download=download, **options):
+        if plan is None:
+            report = MergeReport(place, tuple(sorted(place.iterdir())), 0, 0, 0, 0.0, ())
+            continue
+        with plan:
+            report = run_plan(plan, place, force=force, check_finite=check_finite, progress=progress, threads=threads)
+    return report
 
 
 def _text(dtype: str | torch.dtype | None) -> str | None:
@@ -161,6 +172,7 @@ def _compute_threads(count: int | None):
 
 def _extra_files(plan: Plan, title: str) -> dict[str, bytes]:
     content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
+    plan.changes.apply(content)
     if "config.json" in content:
         content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))
     content["README.md"] = model_card(plan.recipe, title, _card_inputs(plan), "config.json" in content).encode()

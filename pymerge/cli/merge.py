@@ -24,7 +24,7 @@ __all__ = ["command"]
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what reading, merging and writing took.")
 @as_json
-def command(recipe, out, shard_size, dtype, out_dtype, seed, force, threads, no_check_finite, quiet, verbose, as_json) -> None:
+def command(recipe, out, force, threads, no_check_finite, quiet, verbose, as_json, **options) -> None:
     """Merge checkpoints as RECIPE says and write the result to OUT.
 
     RECIPE is a YAML or JSON file in mergekit's format. OUT is a folder to make (shards, index, config, tokenizer, README.md) or a file
@@ -32,40 +32,47 @@ def command(recipe, out, shard_size, dtype, out_dtype, seed, force, threads, no_
 
     Models are .safetensors files, or folders with model.safetensors or shards and an index. Relative paths are looked up in the recipe's
     folder first, then in the current one. Everything is checked before anything is read; memory stays near the largest tensor of each
-    model; OUT appears when it is complete.
+    model; OUT appears when it is complete. A file with several recipes is merged into folders of their names in OUT.
     """
+    from ..checkpoint.many import plan_merges
     from ..checkpoint.merge import run_plan
-    from ..checkpoint.plan import make_plan
     from .progress import Progress, shown
 
-    meter = Meter()
+    told = not (quiet or as_json)
+    done, there = [], []
     try:
-        with make_plan(recipe, out, shard_size=shard_size, force=force, dtype=dtype, out_dtype=out_dtype, seed=seed) as plan:
-            if not (quiet or as_json):
-                for warning in plan.warnings:
+        for place, plan in plan_merges(recipe, out, force=force, **options):
+            if plan is None:
+                there.append(str(place))
+                if told:
+                    click.echo(f"{place}: is there already")
+                continue
+            meter = Meter()
+            with plan:
+                for warning in plan.warnings if told else ():
                     click.echo(f"warning: {warning}", err=True)
-            with shown("merging", Progress(plan.bytes_read + plan.bytes_written, meter), quiet):
-                report = run_plan(plan, out, force=force, check_finite=not no_check_finite, threads=threads, meter=meter)
+                with shown("merging", Progress(plan.bytes_read + plan.bytes_written, meter), quiet):
+                    report = run_plan(plan, place, force=force, check_finite=not no_check_finite, threads=threads, meter=meter)
+            done.append(_as_dict(plan, report, meter))
+            if told:
+                _print(place, plan, report, meter, verbose)
     except KeyboardInterrupt as error:
         error.__notes__ = getattr(error, "__notes__", [after_interruption(recipe, out)])
         raise
     if as_json:
-        print_json("merge/1", _as_dict(plan, report, meter))
-    elif not quiet:
-        moved = report.bytes_read + report.bytes_written
-        click.echo(
-            f"{out}: {count(report.tensors, 'tensor')}, {format_bytes(report.bytes_written)}, "
-            f"merged by {plan.method.name} in {report.seconds:.1f} s ({format_bytes(moved / max(report.seconds, 1e-9))}/s)"
-        )
-        if verbose:
-            _print_stages(meter)
+        print_json("merge/1", {"merges": done, "there_already": there})
 
 
-def _print_stages(meter: Meter) -> None:
-    for stage in STAGES:
+def _print(place: Path, plan, report, meter: Meter, verbose: bool) -> None:
+    moved = report.bytes_read + report.bytes_written
+    click.echo(
+        f"{place}: {count(report.tensors, 'tensor')}, {format_bytes(report.bytes_written)}, "
+        f"merged by {plan.method.name} in {report.seconds:.1f} s ({format_bytes(moved / max(report.seconds, 1e-9))}/s)"
+    )
+    for stage in STAGES if verbose else ():
         slowest = "; the others waited for it" if stage == meter.slowest() else ""
-        moved, seconds = format_bytes(meter.bytes[stage]), meter.seconds[stage]
-        click.echo(f"  {stage}  {moved} in {seconds:.2f} s ({format_bytes(meter.rate(stage))}/s){slowest}")
+        size, seconds = format_bytes(meter.bytes[stage]), meter.seconds[stage]
+        click.echo(f"  {stage}  {size} in {seconds:.2f} s ({format_bytes(meter.rate(stage))}/s){slowest}")
 
 
 def _as_dict(plan, report, meter: Meter) -> dict:

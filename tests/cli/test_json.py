@@ -14,8 +14,9 @@ from .test_commands import environment, run
 
 SIZES = {"tensors", "parameters", "bytes"}
 DRIFT = {"name", "tensors", "elements", "bytes", "relative_drift", "max_abs", "cosine", "changed", "changed_fraction"}
+MERGE = {"out", "merge_method", "files", "tensors", "bytes_read", "bytes_written", "seconds", "stages", "warnings"}
 KEYS = {
-    "merge/1": {"out", "merge_method", "files", "tensors", "bytes_read", "bytes_written", "seconds", "stages", "warnings"},
+    "merge/1": {"merges", "there_already"},
     "plan/1": {
         "merge_method", "recipe", "models", "tensors", "copied_tensors", "bytes_read", "bytes_written", "memory_bytes", "files",
         "config_from", "warnings",
@@ -52,7 +53,8 @@ def document(*args, cwd):
 def test_every_command_that_reports(models):
     assert document("plan", "r.yml", cwd=models)[0] == "plan/1"
     schema, content, code = document("merge", "r.yml", "out", cwd=models)
-    assert (schema, code, content["tensors"]) == ("merge/1", 0, 12)
+    [content] = content["merges"]
+    assert set(content) >= MERGE and (schema, code, content["tensors"]) == ("merge/1", 0, 12)
     assert [file["bytes"] for file in content["files"]] == [(models / "out" / f).stat().st_size for f in names(content)]
     assert (
         content["stages"]["reading"]["bytes"] == content["bytes_read"] and content["stages"]["writing"]["bytes"] == content["bytes_written"]
