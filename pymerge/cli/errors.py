@@ -18,7 +18,7 @@ class Explanation:
     """What became of a command that did not succeed.
 
     Attributes:
-        kind: "usage", "recipe", "checkpoint", "not_finite", "merge", "system", "memory", "interrupted": what a program can act on.
+        kind: "usage", "recipe", "resume", "checkpoint", "not_finite", "merge", "system", "memory", "interrupted": what a program can act on.
         message: for people.
         status: to exit with.
         problems: of a recipe: each with source, line, place and message.
@@ -64,11 +64,11 @@ def _explain(error: Exception) -> Explanation | None:
     known = _known()
     if isinstance(error, known.get("RecipeError", ())):
         return _recipe(error)
-    for name, kind in (("CheckpointError", "checkpoint"), ("NonFiniteError", "not_finite"), ("MergeError", "merge")):
+    for name, kind in _KINDS.items():
         if isinstance(error, known.get(name, ())):
             hint = "; --no-check-finite merges it anyway" if name == "NonFiniteError" else ""
             message = str(error).replace("; pass check_finite=False to merge them anyway", "")
-            return Explanation(kind, f"{message}{hint}", status)
+            return Explanation(kind, f"{message}{hint}", REFUSED if kind == "resume" else status)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         advice = _ADVICE.get(error.errno or 0, "")
@@ -77,6 +77,8 @@ def _explain(error: Exception) -> Explanation | None:
         return Explanation("memory", "there is not enough memory; `pymerge plan` shows how much a merge takes", status)
     return None
 
+
+_KINDS = {"ResumeError": "resume", "CheckpointError": "checkpoint", "NonFiniteError": "not_finite", "MergeError": "merge"}
 
 _ADVICE = {
     errno.ENOSPC: "; make room, or write to another disk",
@@ -104,6 +106,7 @@ def _known() -> dict[str, type]:
     found = {}
     for module, name in (
         ("pymerge.recipe.problems", "RecipeError"),
+        ("pymerge.checkpoint.resume", "ResumeError"),
         ("pymerge.checkpoint.format", "CheckpointError"),
         ("pymerge.finite", "NonFiniteError"),
         ("pymerge.checkpoint.merge", "MergeError"),
