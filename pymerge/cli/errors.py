@@ -18,7 +18,7 @@ class Explanation:
     """What became of a command that did not succeed.
 
     Attributes:
-        kind: "usage", "recipe", "resume", "checkpoint", "not_finite", "merge", "system", "memory", "interrupted": what a program can act on.
+        kind: for programs: "usage", "recipe", "resume", "checkpoint", "not_finite", "merge", "system", "memory", "interrupted".
         message: for people.
         status: to exit with.
         problems: of a recipe: each with source, line, place and message.
