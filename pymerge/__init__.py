@@ -13,6 +13,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint.merge import merge
+    from .checkpoint.verify import verify
     from .conventions import Convention, presets
     from .merge_methods.dare import dare_linear, dare_ties
     from .merge_methods.ema import EMA, ema_update
@@ -55,12 +56,14 @@ __all__ = [
     "slerp",
     "task_arithmetic",
     "ties",
+    "verify",
     "wise_ft",
 ]
 
 # Everything is imported when it is first used, so that `pymerge --help` does not wait for torch.
 _HOME = {
     "checkpoint.merge": ("merge",),
+    "checkpoint.verify": ("verify",),
     "conventions": ("Convention", "presets"),
     "merge_methods.dare": ("dare_linear", "dare_ties"),
     "merge_methods.ema": ("EMA", "ema_update"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .._version import __version__
 from .dtypes import NAMES, name_of
 from .format import CheckpointError, load_json, open_regular
+from .links import check_link
 from .sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def read_small(path: Path) -> bytes:
     Raises:
         CheckpointError: it cannot be read or is not small.
     """
+    check_link(path)
     fd, info = open_regular(path)
     with open(fd, "rb") as file:
         if info.st_size > MAX_BYTES:
@@ -106,14 +108,14 @@ class CardInput:
         base: whether deltas were taken from it.
         nbytes: of its tensors.
         dtypes: their safetensors codes.
-        digest: what tells its content from any other, such as "sha256:...", empty when it is not known.
+        hashes: (file, SHA-256) of its files, as far as they are known.
     """
 
     name: str
     base: bool
     nbytes: int
     dtypes: tuple[str, ...]
-    digest: str = ""
+    hashes: tuple[tuple[str, str], ...] = ()
 
 
 def model_card(recipe: Recipe, title: str, inputs: Sequence[CardInput], transformers: bool) -> str:
@@ -142,13 +144,13 @@ def model_card(recipe: Recipe, title: str, inputs: Sequence[CardInput], transfor
 
 
 def _input_table(inputs: Sequence[CardInput]) -> list[str]:
-    known = any(i.digest for i in inputs)
-    rows = [["model", "", "size", "dtype", *(["content"] if known else [])]]
-    rows.append(["---", "---", "--:", "---", *(["---"] if known else [])])
-    for i in inputs:
-        digest = [_code(i.digest) if i.digest else ""] if known else []
-        rows.append([_code(i.name), "base" if i.base else "", format_bytes(i.nbytes), ", ".join(i.dtypes), *digest])
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| model | | size | dtype |", "| --- | --- | --: | --- |"]
+    lines += [f"| {_code(i.name)} | {'base' if i.base else ''} | {format_bytes(i.nbytes)} | {', '.join(i.dtypes)} |" for i in inputs]
+    known = [(i.name, *pair) for i in inputs for pair in i.hashes]
+    if known:
+        lines += ["", "| model | file | SHA-256 |", "| --- | --- | --- |"]
+        lines += [f"| {_code(name)} | {_code(file)} | `{digest}` |" for name, file, digest in known]
+    return lines
 
 
 def _code(text: str) -> str:

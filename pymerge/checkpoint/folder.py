@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .format import MAX_HEADER_BYTES, CheckpointError, load_json, open_regular
+from .links import check_link
 
 __all__ = ["Layout", "find_files"]
 
@@ -42,7 +43,7 @@ def find_files(path: Path) -> Layout:
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; name a .safetensors file or a folder with a checkpoint")
     if path.name.endswith(INDEX_SUFFIX):
-        return _from_index(path)
+        return _from_index(path, named_by_us=False)
     if path.suffix == ".safetensors":
         return Layout(None, (path,))
     raise CheckpointError(f"{path}: is neither a .safetensors file nor a folder with a checkpoint")
@@ -73,7 +74,9 @@ def _in_folder(folder: Path) -> Layout:
     raise CheckpointError(f"{folder}: holds no {SINGLE} and no *{INDEX_SUFFIX}{hint}")
 
 
-def _from_index(index: Path) -> Layout:
+def _from_index(index: Path, named_by_us: bool = True) -> Layout:
+    if named_by_us:
+        check_link(index)
     fd, info = open_regular(index)
     with open(fd, "rb") as file:
         if info.st_size > MAX_HEADER_BYTES:
@@ -95,7 +98,7 @@ def _from_index(index: Path) -> Layout:
 
 
 def _check_shard_name(name: str, index: Path) -> None:
-    """A shard lies beside its index. (It may be a symbolic link: that is how the Hugging Face cache stores every file.)"""
+    """A shard lies beside its index. (It may be a symbolic link, see :mod:`pymerge.checkpoint.links`.)"""
     if "/" in name or "\\" in name or ":" in name or name in ("", ".", ".."):
         raise CheckpointError(f"{index}: shard {name!r} points outside the folder of the index")
     if not name.endswith(".safetensors") or not name.isprintable():

@@ -17,7 +17,10 @@ from typing import Any
 
 from .dtypes import BITS
 
-__all__ = ["MAX_HEADER_BYTES", "CheckpointError", "Header", "TensorInfo", "load_json", "open_regular", "parse_header", "read_header"]
+__all__ = [
+    "MAX_HEADER_BYTES", "CheckpointError", "Header", "InputChangedError", "TensorInfo", "load_json", "open_regular", "parse_header",
+    "read_header",
+]  # fmt: skip
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
@@ -26,6 +29,10 @@ MAX_BITS = 2**63 - 1
 
 class CheckpointError(ValueError):
     """A checkpoint on disk cannot be used. The message names the file and what is wrong with it."""
+
+
+class InputChangedError(CheckpointError):
+    """A checkpoint is no longer what it was when the merge began."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,16 @@ class Meter:
     """Bytes and busy seconds by stage. Stages run side by side, so the one that was busy longest is the one the others wait for.
 
     Reading's rate is what the disk (or the page cache) gave while it was asked; writing's includes flushing to the disk.
+
+    Attributes:
+        bytes, seconds: by stage.
+        before: bytes that an earlier run had read and written, so that this one need not.
     """
 
     def __init__(self) -> None:
         self.bytes = dict.fromkeys(STAGES, 0)
         self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.before = 0
         self._lock = threading.Lock()
 
     @contextmanager

@@ -13,7 +13,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 from .folder import find_files
-from .format import CheckpointError, Header, TensorInfo, identity_of, open_regular, read_header
+from .format import CheckpointError, Header, InputChangedError, TensorInfo, identity_of, open_regular, read_header
+from .links import check_link
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -92,7 +93,7 @@ class Checkpoint:
                 fd, stat = open_regular(file)
                 if identity_of(stat) != self._by_file[file].identity:
                     os.close(fd)
-                    raise CheckpointError(f"{file}: changed since its header was read; run this again when nothing writes to the models")
+                    raise InputChangedError(f"{file}: changed since its header was read; run this again when nothing writes to the models")
                 self._open[file] = fd
             self._open.move_to_end(file)
             self._in_use[fd] = self._in_use.get(fd, 0) + 1
@@ -126,6 +127,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{str(path)!r}: cannot be opened: {error}") from None  # a null byte in the path
+    if layout.folder is not None:
+        for file in layout.files:
+            check_link(file)
     headers = [read_header(file) for file in layout.files]
     if layout.weight_map is not None:
         _check_index(layout.index, layout.weight_map, headers)

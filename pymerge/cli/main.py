@@ -12,11 +12,11 @@ import click
 
 from .._version import __version__
 from .errors import INTERRUPTED, REFUSED, Explanation, explain, notes_of
-from .text import print_json
+from .text import print_json, printable
 
 __all__ = ["Terminated", "main"]
 
-COMMANDS = ("merge", "plan", "inspect", "diff", "methods", "report", "bench", "env", "completion")
+COMMANDS = ("merge", "plan", "inspect", "diff", "verify", "methods", "report", "bench", "env", "completion")
 
 HELP = """Merge the weights of neural networks that share a base: checkpoint files in, a checkpoint file out.
 
@@ -118,7 +118,8 @@ def _tell(explanation: Explanation, as_json: bool) -> None:
     if as_json:
         print_json("error/1", explanation.as_dict())
         return
-    click.echo(f"{'' if explanation.kind in ('recipe', 'interrupted') else 'error: '}{explanation.message}", err=True)
+    before = "" if explanation.kind in ("recipe", "interrupted") else "error: "
+    click.echo(f"{before}{printable(explanation.message)}", err=True)
     for note in explanation.notes:
         click.echo(note, err=True)
 

@@ -8,7 +8,6 @@ import click
 
 from ..checkpoint.meter import STAGES, Meter
 from ..checkpoint.sizes import format_bytes
-from .interruption import after_interruption
 from .options import as_json, merge_options
 from .text import count, print_json
 
@@ -19,12 +18,14 @@ __all__ = ["command"]
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @merge_options
+@click.option("--resume", is_flag=True, help="Continue where an interrupted merge into OUT ended, if there was one.")
+@click.option("--verify", is_flag=True, help="Record the inputs' SHA-256; reads them once more.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads that read and compute; by default one per CPU.")
 @click.option("--no-check-finite", is_flag=True, help="Let NaN and infinities in inputs through.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what reading, merging and writing took.")
 @as_json
-def command(recipe, out, force, threads, no_check_finite, quiet, verbose, as_json, **options) -> None:
+def command(recipe, out, force, resume, verify, threads, no_check_finite, quiet, verbose, as_json, **options) -> None:
     """Merge checkpoints as RECIPE says and write the result to OUT.
 
     RECIPE is a YAML or JSON file in mergekit's format. OUT is a folder to make (shards, index, config, tokenizer, README.md) or a file
@@ -32,7 +33,8 @@ def command(recipe, out, force, threads, no_check_finite, quiet, verbose, as_jso
 
     Models are .safetensors files, or folders with model.safetensors or shards and an index. Relative paths are looked up in the recipe's
     folder first, then in the current one. Everything is checked before anything is read; memory stays near the largest tensor of each
-    model; OUT appears when it is complete. A file with several recipes is merged into folders of their names in OUT.
+    model; OUT appears when it is complete. Until then the work is in OUT.partial, where --resume finds it after an interrupt or a crash.
+    A file with several recipes is merged into folders of their names in OUT.
     """
     from ..checkpoint.many import plan_merges
     from ..checkpoint.merge import run_plan
@@ -41,7 +43,7 @@ def command(recipe, out, force, threads, no_check_finite, quiet, verbose, as_jso
     told = not (quiet or as_json)
     done, there = [], []
     try:
-        for place, plan in plan_merges(recipe, out, force=force, **options):
+        for place, plan in plan_merges(recipe, out, force=force, resume=resume, **options):
             if plan is None:
                 there.append(str(place))
                 if told:
@@ -52,18 +54,25 @@ def command(recipe, out, force, threads, no_check_finite, quiet, verbose, as_jso
                 for warning in plan.warnings if told else ():
                     click.echo(f"warning: {warning}", err=True)
                 with shown("merging", Progress(plan.bytes_read + plan.bytes_written, meter), quiet):
-                    report = run_plan(plan, place, force=force, check_finite=not no_check_finite, threads=threads, meter=meter)
+                    report = run_plan(
+                        plan, place, force=force, resume=resume, verify=verify, check_finite=not no_check_finite, threads=threads,
+                        meter=meter,
+                    )  # fmt: skip
+            for warning in report.warnings[len(plan.warnings) :] if told else ():
+                click.echo(f"warning: {warning}", err=True)
             done.append(_as_dict(plan, report, meter))
             if told:
                 _print(place, plan, report, meter, verbose)
     except KeyboardInterrupt as error:
-        error.__notes__ = getattr(error, "__notes__", [after_interruption(recipe, out)])
+        error.__notes__ = getattr(error, "__notes__", ["nothing was kept; the same command starts over"])
         raise
     if as_json:
         print_json("merge/1", {"merges": done, "there_already": there})
 
 
 def _print(place: Path, plan, report, meter: Meter, verbose: bool) -> None:
+    if report.resumed:
+        click.echo(f"{count(report.resumed, 'tensor')} were done before")
     moved = report.bytes_read + report.bytes_written
     click.echo(
         f"{place}: {count(report.tensors, 'tensor')}, {format_bytes(report.bytes_written)}, "
@@ -81,6 +90,7 @@ def _as_dict(plan, report, meter: Meter) -> dict:
         "merge_method": plan.method.name,
         "files": [{"path": str(path), "bytes": path.stat().st_size} for path in report.files],
         "tensors": report.tensors,
+        "resumed_tensors": report.resumed,
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
         "seconds": report.seconds,

@@ -46,7 +46,8 @@ class Progress:
     def look(self) -> tuple[int, int]:
         """(bytes done, bytes in all)."""
         done = self.done if self.meter is None else self.meter.bytes["reading"] + self.meter.bytes["writing"]
-        return min(done, self.total), self.total
+        total = self.total - (0 if self.meter is None else self.meter.before)
+        return min(done, total), total
 
     def pace(self) -> str:
         """Which stage the others wait for, and how fast it is."""

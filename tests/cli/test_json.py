@@ -23,6 +23,7 @@ KEYS = {
     },
     "inspect/1": {"path", "files", "dtypes", "layers", *SIZES},
     "diff/1": {"a", "b", "equal", "total", "by", "rows", "only_in_a", "only_in_b", "different_shape", "different_dtype"},
+    "verify/1": {"out", "ok", "version", "tensors", "checked", "differences", "inputs"},
     "methods/1": {"methods"},
     "bench/1": {"machine", "memory", "disk", "methods", "skipped"},
     "error/1": {"kind", "message", "exit_status"},
@@ -60,6 +61,7 @@ def test_every_command_that_reports(models):
         content["stages"]["reading"]["bytes"] == content["bytes_read"] and content["stages"]["writing"]["bytes"] == content["bytes_written"]
     )
     assert all(stage["seconds"] > 0 for stage in content["stages"].values())
+    assert document("verify", "out", cwd=models)[0] == "verify/1"
     assert document("inspect", "out", cwd=models)[0] == "inspect/1"
     assert document("methods", "ties", cwd=models)[0] == "methods/1"
     schema, content, code = document("diff", "a", "b", cwd=models)
