@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..merge_methods.registry import Method
-from ..recipe.layers import find_layer
 from ..recipe.problems import Problems, did_you_mean
 from ..recipe.schema import Recipe
 from . import dtypes
 from .format import TensorInfo
 from .parts import Part
+from .tied import is_vocabulary
 from .views import View
 
 __all__ = ["Matched", "match_tensors"]
@@ -109,10 +109,10 @@ def _can_merge(part: Part, found: Mapping[int, TensorInfo], method: Method | Non
 
 
 def _cropped(name: str, found: dict[int, TensorInfo]) -> tuple[int | None, dict[int, TensorInfo]]:
-    """Tensors outside the layers that differ in their number of rows alone, cut to the fewest. Rows lie one after another, so the first
-    bytes of a tensor are its first rows."""
+    """Embeddings and heads that differ in their number of rows alone, cut to the fewest. Rows lie one after another, so the first bytes of
+    a tensor are its first rows."""
     shapes = {info.shape for info in found.values()}
-    if len(shapes) == 1 or find_layer(name) or len({shape[1:] for shape in shapes}) > 1 or () in shapes:
+    if len(shapes) == 1 or not is_vocabulary(name) or len({shape[1:] for shape in shapes}) > 1 or () in shapes:
         return None, found
     rows = min(shape[0] for shape in shapes)
     cut = {}
@@ -145,7 +145,7 @@ class _Differences:
 
     @staticmethod
     def _vocabulary_hint(name: str, a: TensorInfo, b: TensorInfo) -> str:
-        if find_layer(name) or len(a.shape) != 2 or a.shape[1:] != b.shape[1:]:
+        if not is_vocabulary(name) or a.shape[1:] != b.shape[1:]:
             return ""
         return "; 'tokenizer_source' matches tokens, 'vocabulary: crop' cuts rows off"
 

@@ -102,7 +102,7 @@ class _Maker:
         path: Place = () if name is None else ("modules", name)
         levels = (((*path, "parameters"), module.parameters), (("parameters",), self._recipe.parameters))[name is None :]
         if module.models:
-            return [self._part((*path, "models"), module.models, self._recipe.base_model, levels, name, None)]
+            return [self._part((*path, "models"), module.models, None, levels, name, None)]
         parts, start = [], 0
         for i, piece in enumerate(module.slices):
             cut = Cut(start, piece.layers, i == 0, i == len(module.slices) - 1)
@@ -111,24 +111,28 @@ class _Maker:
         return parts
 
     def _slice(self, path: Place, piece: SliceEntry, levels: tuple, module: str | None, cut: Cut) -> Part:
-        base = piece.base_model or self._recipe.base_model
         own = ((*path, "parameters"), piece.parameters)
-        return self._part((*path, "sources"), piece.sources, base, (own, *levels), module, cut)
+        return self._part((*path, "sources"), piece.sources, piece.base_model, (own, *levels), module, cut)
 
     def _part(
-        self, place: Place, entries: Sequence[ModelEntry], base: ModelReference | None, levels: tuple, module: str | None, cut: Cut | None
+        self,
+        place: Place,
+        entries: Sequence[ModelEntry],
+        own_base: ModelReference | None,
+        levels: tuple,
+        module: str | None,
+        cut: Cut | None,
     ) -> Part:
         """A base that is also listed is the base alone where the method takes deltas from it, and one model at its place where the method
         merely averages; there, one that is not listed is added to whole models as the last."""
+        base = own_base or self._recipe.base_model
+        base_place: Place = (*place[:-1], "base_model") if own_base else ("base_model",)
         inputs = [
             Input(self._index(entry.model), str(entry.model), (*place, i, "model"), entry.parameters, entry.layer_range)
             for i, entry in enumerate(entries)
         ]
         self.lacks_base |= base is None
         is_base = [base is not None and self._same(base, entry.model) for entry in entries]
-        base_place: Place = ("base_model",)
-        if cut is not None and (*place[:-1], "base_model") in {p for p, _ in self._recipe.references()}:
-            base_place = (*place[:-1], "base_model")
         unused: list[Place] = []
         has_base = self._kind != "model" and base is not None
         if has_base:

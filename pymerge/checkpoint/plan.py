@@ -204,11 +204,15 @@ def _complete(
     parameters = resolve_parameters(method, parts, matched, views, sources.complete, problems) if method is not None else []
     changes = _changes(recipe, parts, matched, sources, ties, views, problems)
     single = out is not None and is_file_target(out)
+    if single and recipe.chat_template is not None:
+        problems.warn(("chat_template",), "has no effect: the output is one file, without a tokenizer")
     tensors: list[TensorPlan] = []
     layout = Layout((), None, 0)
     if not problems:
         for part, own, values in zip(parts, matched, parameters, strict=True):
             tensors += [_tensor_plan(tensor, part, values.get(tensor.name, {}), recipe) for tensor in own]
+        _check_tensors(tensors, problems)
+    if not problems:
         metadata = {"format": "pt", "pymerge_version": __version__, "pymerge_recipe": recipe.to_yaml()}
         layout = make_layout([t.output for t in tensors], shard_size, metadata, out.name if single else None)
     if out is not None:
@@ -272,3 +276,13 @@ def _tensor_plan(tensor: Matched, part: Part, parameters: dict[str, Any], recipe
         code = recipe.out_dtype or recipe.dtype or dtypes.promote(info.dtype for _, info in inputs)
     has_base = part.has_base and tensor.merged
     return TensorPlan(OutputTensor(tensor.name, code, first.shape), inputs, has_base, parameters, not tensor.merged)
+
+
+def _check_tensors(tensors: Sequence[TensorPlan], problems: Problems) -> None:
+    names: set[str] = set()
+    for tensor in tensors:
+        if tensor.output.name in names:
+            problems.add(("modules",), f"{tensor.output.name!r} belongs to different modules in different models")
+        names.add(tensor.output.name)
+    if not tensors:
+        problems.add(("missing_tensors",), "leaves no tensor: there is none that all models have")

@@ -11,11 +11,17 @@ from ..recipe.layers import find_layer
 from .format import TensorInfo
 from .sources import Sources
 
-__all__ = ["Ties", "find_ties"]
+__all__ = ["Ties", "find_ties", "is_vocabulary"]
 
 # The usual names: a head is told from any other matrix by nothing else.
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|vocab_projector|lm_head\.decoder|cls\.predictions\.decoder)\.weight$")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight$")
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has one row per token, as far as its name tells."""
+    weight = re.sub(r"\.bias$", ".weight", name)
+    return not find_layer(name) and bool(_HEAD.search(weight) or _EMBEDDING.search(weight))
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import ops
-from ..recipe.problems import Problems
-from ..recipe.schema import Recipe, parse_recipe
-from ..recipe.source import Source
+from ..recipe.source import Source, parse_text
 from .format import CheckpointError, TensorInfo
 from .inputs import sha256_of
 from .merge import merger_for
@@ -73,7 +71,8 @@ def verify(
 
     Args:
         out: folder or file that a merge wrote.
-        folder: that relative paths in its recipe are relative to, where the recipe lay; by default the current one.
+        folder: that relative paths in its recipe start from, where the recipe lay; by default the current one. What is not there is looked
+            for beside `out`.
         sample: how many tensors to check, chosen at random; None for all, and then files whose SHA-256 is recorded are hashed too. Names,
             dtypes, shapes and the sizes of the input files are always compared.
         seed: of the choice.
@@ -90,7 +89,8 @@ def verify(
     ops.require_backend(torch.device("cpu"))
     with open_checkpoint(out) as output:
         origin = read_provenance(output)
-        with make_plan(_recipe(origin, folder)) as plan:
+        named = _results(origin, Path(out), Path(folder or "."))
+        with make_plan(_source(origin, folder), named=named) as plan:
             differences = dict(_headers_differ(plan, output))
             wrong_inputs = _inputs_differ(plan, origin, sample is None)
             comparable = [t for t in plan.tensors if t.output.name not in differences]
@@ -115,19 +115,18 @@ def verify(
             return VerifyReport(Path(out), len(output.tensors), checked, found, tuple(wrong_inputs), origin.version)
 
 
-def _recipe(origin: Provenance, folder: str | os.PathLike | None) -> Recipe:
-    import yaml
+def _source(origin: Provenance, folder: str | os.PathLike | None) -> Source:
+    """The recipe that an output names, as untrusted as a recipe's file."""
+    sources = parse_text(origin.recipe, f"{origin.source} (its recipe)", None if folder is None else Path(folder))
+    if len(sources) != 1:
+        raise CheckpointError(f"{origin.source}: holds {len(sources)} recipes, where one was expected")
+    return sources[0]
 
-    label = f"{origin.source} (its recipe)"
-    try:
-        data = yaml.safe_load(origin.recipe)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{label}: is not valid YAML: {error}") from None
-    source = Source(label, None if folder is None else Path(folder), data)
-    problems = Problems(label)
-    recipe = parse_recipe(source, problems)
-    problems.raise_if_any()
-    return recipe
+
+def _results(origin: Provenance, out: Path, folder: Path) -> dict[str, Path]:
+    """Models that lie beside the output, such as the results of other recipes of the same file."""
+    beside = {model: out.absolute().parent / model for model, _ in origin.inputs if Path(model).name == model}
+    return {model: path for model, path in beside.items() if path.exists() and not (folder / model).exists()}
 
 
 def _headers_differ(plan: Plan, output: Checkpoint) -> list[tuple[str, str]]:

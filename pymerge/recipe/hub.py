@@ -35,26 +35,31 @@ def hub_snapshot(name: str, revision: str | None, download: bool) -> Path:
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError:
         raise LookupError("is no path here, and hub ids need the package huggingface_hub: pip install 'pymerge-kernels[hub]'") from None
+    at = f" at revision {revision!r}" if revision else ""
     try:
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
-        if not download:
-            return folder
+        missing = "" if _has_weights(folder) else f"the Hugging Face cache has no weights of it{at}"
     except LocalEntryNotFoundError:
-        if not download:
-            at = f" at revision {revision!r}" if revision else ""
-            raise LookupError(
-                f"is no path here and not in the Hugging Face cache{at}; models are fetched only when asked for: --download "
-                "(in Python, download=True) does it"
-            ) from None
+        missing = f"not in the Hugging Face cache{at}"
     except (OSError, ValueError) as error:
         raise LookupError(f"cannot be looked up in the Hugging Face cache: {_first_line(error)}") from None
+    if not download:
+        if not missing:
+            return folder
+        raise LookupError(
+            f"is no path here and {missing}; models are fetched only when asked for: --download (in Python, download=True) does it"
+        )
     try:
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns=_UNWANTED))
-        if not any(folder.glob("*.safetensors")):
+        if not _has_weights(folder):
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_PICKLED, ignore_patterns=_UNWANTED)
     except Exception as error:  # the network's, the hub's and the disk's; nothing has been read or written by us
         raise LookupError(f"cannot be downloaded: {_first_line(error)}") from None
     return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", *_PICKLED))
 
 
 def _first_line(error: Exception) -> str:

@@ -89,14 +89,30 @@ def test_vocabulary(here):
         tensors[1][name] = torch.randn(44, 16)
     save_model(here / "a", tensors[0], vocab_size=40)
     save_model(here / "b", tensors[1], vocab_size=44)
-    assert "'tokenizer_source' matches tokens, 'vocabulary: crop' cuts rows off" in problems_of(recipe_of("a", "b"))[0]
+    assert "'tokenizer_source' matches tokens, 'vocabulary" in problems_of(recipe_of("a", "b"))[0]
     merge(recipe_of("b", "a", vocabulary="crop"), "out")
     out = load_file("out/model.safetensors")
     torch.testing.assert_close(out[HEAD], (tensors[0][HEAD] + tensors[1][HEAD][:40]) / 2)
     assert json.loads(open("out/config.json").read())["vocab_size"] == 40
-    tensors[1]["model.layers.0.mlp.up_proj.weight"] = torch.randn(40, 16)
-    save_model(here / "b", tensors[1])
-    assert "model.layers.0.mlp.up_proj.weight" in problems_of(recipe_of("a", "b", vocabulary="crop"))[0]
+    for other in ("model.layers.0.mlp.up_proj.weight", "model.embed_positions.weight"):
+        tensors[0][other], tensors[1][other] = torch.randn(41, 16), torch.randn(40, 16)
+        save_model(here / "a", tensors[0])
+        save_model(here / "b", tensors[1])
+        assert f"{other!r} is [40, 16] in b and [41, 16] in a" in " ".join(problems_of(recipe_of("a", "b", vocabulary="crop")))
+
+
+def test_nothing_in_common(here):
+    save_model(here / "a", {"x": torch.ones(2)})
+    save_model(here / "b", {"y": torch.ones(2)})
+    assert problems_of(recipe_of("a", "b", missing_tensors="drop")) == [
+        "missing_tensors: leaves no tensor: there is none that all models have"
+    ]
+
+
+def test_chat_template_of_a_single_file(here):
+    save_model(here / "a", tensors_of(0))
+    with make_plan(recipe_of("a", chat_template="chatml"), "out.safetensors") as plan:
+        assert "has no effect: the output is one file" in plan.warnings[0]
 
 
 def tied_model(folder, seed, head, **config):

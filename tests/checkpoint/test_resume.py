@@ -250,18 +250,22 @@ def test_hashes_are_compared_when_resuming(work):
 
 def test_hashes_are_compared_with_the_cache(work):
     """The hub's cache keeps files under their SHA-256, with links to them: reading through such links is fine, a wrong name is not."""
-    path = work / "a/model-00001-of-00002.safetensors"
-    (work / "blobs").mkdir()
+    repository = work / "models--org--a"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    shutil.move(work / "a", repository / "snapshots/1234")
+    recipe = {**RECIPE, "models": [{"model": "models--org--a/snapshots/1234"}, {"model": "b"}]}
+    path = repository / "snapshots/1234/model-00001-of-00002.safetensors"
     for name in (sha256(path), "0" * 64):
-        blob = work / "blobs" / name
+        blob = repository / "blobs" / name
         shutil.move(path.resolve(), blob)
         path.unlink(missing_ok=True)
-        path.symlink_to(os.path.join("..", "blobs", name))
+        path.symlink_to(os.path.join("../../blobs", name))
         if name.startswith("00"):
             with pytest.raises(InputChangedError, match="its name in the cache says 00000"):
-                merge(RECIPE, "out", verify=True)
+                merge(recipe, "out", verify=True)
         else:
-            merge(RECIPE, "good", verify=True)
+            merge(recipe, "good", verify=True)
 
 
 def test_same_folder_wherever_and_however(work, monkeypatch):

@@ -93,6 +93,9 @@ def test_a_single_file(out):
 def test_where_relative_paths_start(out, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pymerge.verify(out).ok, "models beside the output are found"
+    shutil.move(out, tmp_path / "elsewhere/out")
+    out = tmp_path / "elsewhere/out"
     with pytest.raises(RecipeError, match="'base' does not exist"):
         pymerge.verify(out)
     assert pymerge.verify(out, folder="..").ok
@@ -114,10 +117,27 @@ def test_what_cannot_be_verified(out):
         {**good, "recipe": "!!python/object:x.Y {}"},
     ):
         (out / "pymerge.json").write_text(json.dumps(wrong))
-        with pytest.raises(CheckpointError, match="pymerge.json"):
+        with pytest.raises((CheckpointError, RecipeError), match="pymerge.json"):
             pymerge.verify(out)
     (out / "pymerge.json").unlink()
     assert pymerge.verify(out).ok, "the weights say it too"
+
+
+def test_a_result_that_others_use(out, tmp_path):
+    (tmp_path / "r.yml").write_text("""
+name: first
+merge_method: linear
+models: [{model: a}, {model: b}]
+parameters: {weight: 1}
+---
+name: second
+merge_method: slerp
+base_model: first
+models: [{model: base}]
+parameters: {t: 0.3}
+""")
+    pymerge.merge("r.yml", "all")
+    assert pymerge.verify("all/first").ok and pymerge.verify("all/second", sample=None).ok
 
 
 def test_command(out):

@@ -13,8 +13,9 @@ from pathlib import Path
 SECONDS = 20
 """Hundreds of times what the slowest input takes on a quiet machine."""
 
-MEMORY_PER_BYTE, MEMORY = 120, 8_000_000
-"""An empty list takes 56 bytes and is written with 3, so parsed JSON may take dozens of bytes for each of the file's."""
+MEMORY_PER_BYTE, MEMORY, MEMORY_FOR_YAML = 120, 8_000_000, 100_000_000
+"""An empty list takes 56 bytes and is written with 3, so parsed JSON may take dozens of bytes for each of the file's. Aliases make YAML
+small for what it says; the parser stops at 200 000 values."""
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -49,13 +50,13 @@ _watch: _Watch | None = None
 
 
 @contextmanager
-def guarded(size: int, inside: tuple[Path, ...], memory: bool) -> Iterator[None]:
+def guarded(size: int, inside: tuple[Path, ...], memory: int | None) -> Iterator[None]:
     """Raise :class:`Violation` for what the block did wrong.
 
     Args:
         size: of the input, in bytes.
         inside: folders in which files may be opened for reading; none for any.
-        memory: whether to watch memory too, which is slow.
+        memory: bytes that may be taken besides some for each of the input's; None not to watch memory, which is slow.
     """
     global _watch
     if _watch is None:
@@ -66,7 +67,7 @@ def guarded(size: int, inside: tuple[Path, ...], memory: bool) -> Iterator[None]
 
     before = signal.signal(signal.SIGALRM, hangs)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    if memory:
+    if memory is not None:
         tracemalloc.start()
     _watch.seen.clear()
     _watch.allowed = tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in inside)
@@ -76,9 +77,9 @@ def guarded(size: int, inside: tuple[Path, ...], memory: bool) -> Iterator[None]
         _watch.allowed = None
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        peak = tracemalloc.get_traced_memory()[1] if memory else 0
+        peak = tracemalloc.get_traced_memory()[1] if memory is not None else 0
         tracemalloc.stop()
         if _watch.seen:
             raise Violation("; ".join(_watch.seen))
-        if peak > MEMORY + MEMORY_PER_BYTE * size:
+        if peak > (memory or 0) + MEMORY_PER_BYTE * size:
             raise Violation(f"{peak} bytes of memory for an input of {size} bytes")

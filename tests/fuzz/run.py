@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-from .guard import guarded
+from .guard import MEMORY, MEMORY_FOR_YAML, guarded
 from .targets import DOCUMENTED, TARGETS, prepare
 
 
@@ -32,7 +32,9 @@ def attempt(name: str, number: int, folder: Path, memory: bool = False) -> str:
     here = os.getcwd()
     os.chdir(folder)
     try:
-        with guarded(size, {"recipe": (), "index": (folder / "work/sharded",)}.get(name, (folder,)), memory):
+        inside = {"recipe": (), "index": (folder / "work/sharded",)}.get(name, (folder,))
+        most = MEMORY_FOR_YAML if name in ("recipe", "provenance") else MEMORY
+        with guarded(size, inside, most if memory else None):
             use()
     except DOCUMENTED as error:
         str(error)

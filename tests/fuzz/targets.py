@@ -17,7 +17,7 @@ from pymerge.checkpoint.format import CheckpointError
 from pymerge.checkpoint.plan import make_plan
 from pymerge.checkpoint.provenance import read_provenance
 from pymerge.checkpoint.reader import open_checkpoint
-from pymerge.checkpoint.verify import _recipe
+from pymerge.checkpoint.verify import _source
 from pymerge.recipe import RecipeError
 from tests.checkpoint.files import raw, save_model, tensors_of
 
@@ -180,7 +180,7 @@ def provenance(folder: Path, rng: Random) -> tuple[Callable[[], object], int]:
 
     def use() -> None:
         with open_checkpoint(path.parent) as checkpoint:
-            _recipe(read_provenance(checkpoint), folder)
+            _source(read_provenance(checkpoint), folder)
 
     return use, size
 

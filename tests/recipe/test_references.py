@@ -108,7 +108,8 @@ def cache(tmp_path, monkeypatch):
     repository = tmp_path / "cache/models--org--model"
     for commit, refs in (("1" * 40, ["main"]), ("2" * 40, ["v2"])):
         (repository / "snapshots" / commit).mkdir(parents=True)
-        (repository / "snapshots" / commit / "config.json").write_text(json.dumps({"commit": commit}))
+        for file in ("config.json", "model.safetensors"):
+            (repository / "snapshots" / commit / file).write_text(json.dumps({"commit": commit}))
         (repository / "refs").mkdir(exist_ok=True)
         for ref in refs:
             (repository / "refs" / ref).write_text(commit)
@@ -119,6 +120,8 @@ def test_hub_ids_from_the_cache(cache, tmp_path):
     assert find("org/model", tmp_path)[0].path == cache / "snapshots" / ("1" * 40)
     assert find("org/model@v2", tmp_path)[0].path == cache / "snapshots" / ("2" * 40)
     assert find("org/model@" + "2" * 40, tmp_path)[0].path == cache / "snapshots" / ("2" * 40)
+    (cache / "snapshots" / ("2" * 40) / "model.safetensors").unlink()
+    assert "the Hugging Face cache has no weights of it at revision 'v2'" in find("org/model@v2", tmp_path)[1][0]
     missing = find("org/other@v3", tmp_path)[1][0]
     assert "'org/other' is no path here and not in the Hugging Face cache at revision 'v3'; models are fetched only when asked" in missing
 
