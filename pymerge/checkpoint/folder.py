@@ -51,7 +51,7 @@ def find_files(path: Path) -> Layout:
     if path.is_dir():
         return _in_folder(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: does not exist")
+        raise CheckpointError(f"{path}: does not exist; name a .safetensors file or a folder with a checkpoint")
     if path.name.endswith(INDEX_SUFFIX):
         return _from_index(path, named_by_us=False)
     if path.name.endswith(PICKLED_INDEX_SUFFIX):
@@ -103,7 +103,7 @@ def _from_index(index: Path, pickled: bool = False, named_by_us: bool = True) ->
         content = load_json(file.read(), str(index))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no 'weight_map' object with entries")
+        raise CheckpointError(f"{index}: has no 'weight_map' object with entries; download the index again")
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str):
             raise CheckpointError(f"{index}: weight_map[{name!r}] is not a file name")
@@ -112,7 +112,7 @@ def _from_index(index: Path, pickled: bool = False, named_by_us: bool = True) ->
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise CheckpointError(f"{index}: {len(missing)} of {len(names)} shards are missing, the first: {missing[0]}")
+        raise CheckpointError(f"{index}: {len(missing)} of {len(names)} shards are missing, the first: {missing[0]}; download them too")
     return Layout(folder, tuple(folder / name for name in names), index, weight_map, pickled)
 
 

@@ -92,7 +92,7 @@ def open_regular(path: Path) -> tuple[int, os.stat_result]:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         os.close(fd)
-        raise CheckpointError(f"{path}: is not a regular file")
+        raise CheckpointError(f"{path}: is not a regular file; name a .safetensors file or a folder with a checkpoint")
     return fd, info
 
 
@@ -111,16 +111,23 @@ def read_header(path: Path) -> Header:
     try:
         size = info.st_size
         if size < 8:
-            raise CheckpointError(f"{path}: is {size} bytes long; a safetensors file begins with 8 bytes that hold its header's length")
+            raise CheckpointError(
+                f"{path}: is {size} bytes long; a safetensors file begins with 8 bytes that hold its header's length; download it again"
+            )
         length = int.from_bytes(_read_exactly(fd, 8, 0, path), "little")
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(
                 f"{path}: header of {length} bytes announced, more than the {MAX_HEADER_BYTES} allowed; this is not a safetensors file, "
-                "or it is damaged"
+                "or it is damaged: check what it is, or download it again"
             )
         if 8 + length > size:
-            raise CheckpointError(f"{path}: truncated: header of {length} bytes announced, but the file has {size} bytes in all")
-        tensors, metadata = parse_header(_read_exactly(fd, length, 8, path), size, path)
+            raise CheckpointError(
+                f"{path}: truncated: header of {length} bytes announced, but the file has {size} bytes in all; copy or download it again"
+            )
+        try:
+            tensors, metadata = parse_header(_read_exactly(fd, length, 8, path), size, path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; copy or download the file again") from None
         return Header(path, size, 8 + length, metadata, tensors, identity_of(info))
     finally:
         os.close(fd)

@@ -19,10 +19,11 @@ from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
 from . import dtypes
 from .adapter_recipe import is_adapter_recipe, merge_adapter_recipe
-from .extras import config_with_dtype, files_to_copy, model_card, read_small
+from .extras import CardInput, config_with_dtype, files_to_copy, model_card, read_small
 from .format import CheckpointError, InputChangedError
 from .inputs import Hashes, InputFiles
 from .many import plan_merges
+from .meter import Meter
 from .pipeline import MergeJob, Starts, run
 from .plan import Plan, TensorPlan
 from .provenance import FILE_NAME, provenance
@@ -156,8 +157,9 @@ def run_plan(
     check_finite: bool = True,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
+    meter: Meter | None = None,
 ) -> MergeReport:
-    """Carry out a plan made for `out`; arguments and errors as :func:`merge` has them."""
+    """Carry out a plan made for `out`; arguments and errors as :func:`merge` has them. `meter` is told what each stage does."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; at least one has to read")
     try:
@@ -175,10 +177,11 @@ def run_plan(
         if not writer.committed:
             try:
                 with _compute_threads(threads):
-                    digests = _fill(writer, plan, left, inputs, verify, check_finite, progress, threads)
+                    digests = _fill(writer, plan, left, inputs, verify, check_finite, progress, threads, meter or Meter())
                 inputs.check()
                 if not single:
                     extras[FILE_NAME] = provenance(plan, digests)
+                    extras["README.md"] = _model_card(plan, "config.json" in extras, digests)
                     for name, content in extras.items():
                         writer.add_file(name, content)
                 writer.commit()
@@ -197,10 +200,10 @@ def run_plan(
     return MergeReport(out, files, len(plan.tensors), left.bytes_read, written, time.perf_counter() - began, warnings, resumed)
 
 
-def _fill(writer, plan, left, inputs, verify, check_finite, progress, threads) -> dict[Path, str]:
+def _fill(writer, plan, left, inputs, verify, check_finite, progress, threads, meter) -> dict[Path, str]:
     """Merge the tensors that are `left` of a plan; the SHA-256 of the inputs, if they are wanted."""
     total = plan.bytes_read + plan.bytes_written
-    done = total - left.bytes_read - sum(tensor.output.nbytes for tensor in left.tensors)
+    done = meter.before = total - left.bytes_read - sum(tensor.output.nbytes for tensor in left.tensors)
 
     def advance(count: int) -> None:
         nonlocal done
@@ -211,7 +214,7 @@ def _fill(writer, plan, left, inputs, verify, check_finite, progress, threads) -
     known = {file: digest for record in writer.records for file, digest in record.get("sha256", {}).items()}
     files = inputs.identities if verify else ()
     with Hashes(files, known, lambda file, digest: writer.record(sha256={file: digest})) as hashes:
-        run(left, writer, merger_for(plan, check_finite), threads or min(4, os.cpu_count() or 1), advance)
+        run(left, writer, merger_for(plan, check_finite), threads or min(4, os.cpu_count() or 1), advance, meter)
         return hashes.result()
 
 
@@ -254,10 +257,22 @@ def _extra_files(plan: Plan) -> dict[str, bytes]:
     plan.changes.apply(content)
     if "config.json" in content:
         content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))
-    models = [name for i, name in enumerate(plan.names) if i not in plan.bases]
-    base = str(plan.recipe.base_model) if plan.recipe.base_model else None
-    content["README.md"] = model_card(plan.recipe, TITLE, models, base, "config.json" in content).encode()
+    content["README.md"] = _model_card(plan, "config.json" in content, {})
     return content
+
+
+def _model_card(plan: Plan, transformers: bool, digests: Mapping[Path, str]) -> bytes:
+    inputs = [
+        CardInput(
+            name,
+            index in plan.bases,
+            store.nbytes,
+            tuple(sorted({info.dtype for info in store.tensors.values()})),
+            tuple((file.name, digests[file]) for file in store.files if file in digests),
+        )
+        for index, (name, store) in enumerate(zip(plan.names, plan.checkpoints, strict=True))
+    ]
+    return model_card(plan.recipe, TITLE, inputs, transformers).encode()
 
 
 def _main_dtype(plan: Plan) -> str:
@@ -317,7 +332,7 @@ class _TensorMerger:
                 first, other = (self._plan.names[tensor.inputs[k][0]] for k in (0, i))
                 raise MergeError(
                     f"{tensor.output.name!r} is of dtype {tensor.output.dtype}, which cannot be merged, "
-                    f"and differs between {first} and {other}"
+                    f"and differs between {first} and {other}; merge models that agree in it"
                 )
         out.copy_(pieces[0])
 
@@ -328,7 +343,9 @@ class _TensorMerger:
         except NonFiniteError as error:
             raise NonFiniteError(self._with_model_name(str(error), tensor)) from None
         except (MemoryError, torch.OutOfMemoryError):
-            raise MergeError(f"{tensor.output.name!r}: there is not enough memory to merge it") from None
+            raise MergeError(
+                f"{tensor.output.name!r}: there is not enough memory to merge it; `pymerge plan` shows how much the merge takes"
+            ) from None
         except (ValueError, TypeError, RuntimeError) as error:
             raise MergeError(f"{tensor.output.name!r}: {self._plan.method.name!r} failed: {error}") from error
 

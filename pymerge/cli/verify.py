@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import click
 
-from .errors import FAILED, REFUSED
+from .errors import FAILED, REFUSED, exits_with
 from .options import as_json
-from .text import printable
+from .text import print_json, printable
 
 __all__ = ["command"]
 
@@ -35,18 +34,14 @@ def command(out, folder, sample, everything, seed, threads, quiet, as_json) -> N
     Exits with 0 when everything checked is the same, with 1 when something differs, and with 2 when OUT cannot be checked: it does not
     say how it was made, or an input is not there.
     """
-    from ..checkpoint.format import CheckpointError
     from ..checkpoint.verify import verify
-    from .progress import progress_bar
+    from .progress import Progress, shown
 
-    try:
-        with progress_bar(0, quiet or as_json) as progress:
-            report = verify(out, folder=folder, sample=None if everything else sample, seed=seed, progress=progress, threads=threads)
-    except CheckpointError as error:
-        click.echo(f"error: {printable(str(error))}", err=True)
-        raise click.exceptions.Exit(REFUSED) from None
+    progress = Progress()
+    with exits_with(REFUSED), shown("verifying", progress, quiet):
+        report = verify(out, folder=folder, sample=None if everything else sample, seed=seed, progress=progress, threads=threads)
     if as_json:
-        click.echo(json.dumps({**dataclasses.asdict(report), "out": str(report.out), "ok": report.ok}, indent=2))
+        print_json("verify/1", {**dataclasses.asdict(report), "out": str(report.out), "ok": report.ok})
     else:
         _print(report, quiet)
     if not report.ok:
