@@ -27,15 +27,25 @@ def command(recipe, out, shard_size, dtype, out_dtype, seed, download, force, re
     RECIPE is a YAML or JSON file in mergekit's format. OUT is a folder to make (shards, index, config, tokenizer, README.md) or a file
     that ends in .safetensors (the weights alone).
 
+    When all models are LoRA adapters, they are merged into a new adapter (see `pymerge lora merge`).
+
     Models are .safetensors files, or folders with model.safetensors or shards and an index. Relative paths are looked up in the recipe's
     folder first, then in the current one. Everything is checked before anything is read; memory stays near the largest tensor of each
     model; OUT appears when it is complete. Until then the work is in OUT.partial, where --resume finds it after an interrupt or a crash.
     A file with several recipes is merged into folders of their names in OUT.
     """
+    from ..checkpoint.adapter_recipe import is_adapter_recipe, merge_adapter_recipe
     from ..checkpoint.many import plan_merges
     from ..checkpoint.merge import run_plan
     from .progress import progress_bar
 
+    if is_adapter_recipe(recipe):
+        report = merge_adapter_recipe(recipe, out, dtype=out_dtype or dtype, seed=seed, force=force)
+        if not quiet:
+            for warning in report.warnings:
+                click.echo(f"warning: {warning}", err=True)
+            click.echo(f"{out}: an adapter of {report.tensors // 2} modules, {format_bytes(report.bytes_written)}")
+        return
     options = {"shard_size": shard_size, "dtype": dtype, "out_dtype": out_dtype, "seed": seed, "download": download}
     for place, plan in plan_merges(recipe, out, force=force, resume=resume, **options):
         if plan is None:
