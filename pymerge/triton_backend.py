@@ -1,7 +1,7 @@
 """The Triton backend: the functions of :mod:`pymerge.native` on flat, contiguous GPU tensors, with the same results, bit for bit.
 
-``merge_many`` and ``lerp_many`` take any number of tensors in a number of launches that depends on the kinds of dtype alone, and do not wait
-for the device. ``prepare_merge`` does all that the host has to do once, for merges that run again on the same memory, in CUDA graphs too.
+``merge_many`` and ``lerp_many`` take any number of tensors in a number of launches that depends on the kinds of dtype alone, and do not
+wait for the device. ``prepare_merge`` does the host's part once, for merges that run again on the same memory, in CUDA graphs too.
 Under TRITON_INTERPRET=1, which must be set before Triton is first imported, all of it takes CPU tensors instead.
 """
 

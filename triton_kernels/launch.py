@@ -23,7 +23,8 @@ from torch import Tensor
 from .compat import LAUNCH_OPTIONS
 
 __all__ = [
-    "BLOCK", "CHUNK", "Finite", "Group", "Row", "Table", "aligned", "arena", "bits_of", "block_of", "chunks_of", "launch", "pack", "tl_dtype",
+    "BLOCK", "CHUNK", "Finite", "Group", "Row", "Table", "aligned", "arena", "bits_of", "block_of", "chunks_of", "launch", "pack",
+    "tl_dtype",
 ]  # fmt: skip
 
 BLOCK = 1024  # elements at a time: 8 a thread, 16 bytes of a half type

@@ -12,8 +12,8 @@ from .rows import KEY_WORD, OFFSET_WORD, ROW_HEADER, ROW_MODEL, SELECTION_WORD
 
 __all__ = ["bracket_ends_kernel", "publish_kernel", "radix_kernel", "settle_kernel", "tally_found_kernel", "where_to_look_kernel"]
 
-# What the host says of a row: rank k (0: the answer is known), elements, first slot, slots, their keys each and where they start, index among
-# the rows with a sample or -1, first chunk, chunks, and the answer (key, cut) where it is known.
+# What the host says of a row: rank k (0: the answer is known), elements, first slot, slots, their keys each and where they start, index
+# among the rows with a sample or -1, first chunk, chunks, and the answer (key, cut) where it is known.
 K, N, SLOT, SLOTS, SEGMENT = (tl.constexpr(i) for i in range(5))
 SAMPLED, FIRST_CHUNK, CHUNKS, ANSWER = (tl.constexpr(i) for i in range(6, 10))
 WORDS = tl.constexpr(11)
@@ -78,6 +78,7 @@ def add_digits(counts, key, prefix, digit, BITS: tl.constexpr):
 def radix_kernel(
     pieces,  # int64 [pieces, 3]: row, where the keys start, how many
     filled,  # int32 [pieces, 32]: how many there are indeed, when FILLED
+    settled,  # then only rows whose key is among them count
     keys,
     states, histograms,  # of STATISTICS jobs per row, see advance
     digit,
@@ -89,12 +90,13 @@ def radix_kernel(
     keys += tl.load(pieces + 3 * piece + 1)
     count = tl.load(pieces + 3 * piece + 2)
     if FILLED:
-        count = tl.minimum(count, tl.load(filled + 32 * piece))
+        looks = tl.load(settled + row * SETTLED_WORDS + MODE) == MODE_COLLECTED
+        count = tl.where(looks, tl.minimum(count, tl.load(filled + 32 * piece)), 0)
     lane = tl.arange(0, BLOCK)
     for s in range(STATISTICS):
         job = row * STATISTICS + s
         prefix, rank = advance(states, histograms, job, digit, BITS)
-        if rank > 0:
+        if (rank > 0) & (count > 0):
             counts = tl.zeros([256], tl.int32)
             for first in range(0, count, BLOCK):
                 key = tl.load(keys + first + lane, mask=first + lane < count, other=-1)

@@ -166,9 +166,10 @@ def digits_kernel(
     """radix_kernel's pass over the data themselves, for rows whose bracket was of no use; a fixed number of programs."""
     if tl.load(any_slow) > 0:
         lane = tl.arange(0, BLOCK)
-        for work in range(tl.program_id(0), group_chunks * MODELS, tl.num_programs(0)):
+        for item in range(tl.program_id(0), group_chunks * MODELS, tl.num_programs(0)):
+            work = tl.zeros([], tl.int64) + item  # the interpreter counts in Python's integers
             m = work % MODELS
-            entry = table + chunks_at + 2 * (work // MODELS).to(tl.int64)
+            entry = table + chunks_at + 2 * (work // MODELS)
             row = table + tl.load(entry)
             start = tl.multiple_of(tl.load(entry + 1), BLOCK)
             r = tl.load(row + SELECTION_WORD) + m
@@ -196,9 +197,10 @@ def tally_kernel(
     """Counts ties per chunk for the rows of digits_kernel."""
     if tl.load(any_slow) > 0:
         lane = tl.arange(0, BLOCK)
-        for work in range(tl.program_id(0), group_chunks * MODELS, tl.num_programs(0)):
+        for item in range(tl.program_id(0), group_chunks * MODELS, tl.num_programs(0)):
+            work = tl.zeros([], tl.int64) + item  # the interpreter counts in Python's integers
             m = work % MODELS
-            entry = table + chunks_at + 2 * (work // MODELS).to(tl.int64)
+            entry = table + chunks_at + 2 * (work // MODELS)
             row = table + tl.load(entry)
             start = tl.multiple_of(tl.load(entry + 1), BLOCK)
             r = tl.load(row + SELECTION_WORD) + m
@@ -211,7 +213,7 @@ def tally_kernel(
                     if first < n:
                         ties += (_keys(row, m, first, lane, n, HAS_BASE, BASE, MODEL, COMPUTE, ALIGNED) == found).to(tl.int32)
                 chunk = tl.load(row + FIRST_CHUNK_WORD) + start // CHUNK
-                tl.store(equal + m.to(tl.int64) * chunks + chunk, tl.sum(ties))
+                tl.store(equal + m * chunks + chunk, tl.sum(ties))
 
 
 @triton.jit(do_not_specialize=["entries_at", "chunks_at", "group_chunks", "chunks"])

@@ -46,6 +46,11 @@ class Segment:
     answers: Sequence[tuple[int, int]]
 
 
+def _room(n: int, expected: float) -> int:
+    """Keys that a row may collect: half more than expected in its bracket, and a sixteenth of all for keys that many elements share."""
+    return min(n, int(1.5 * expected) + n // 16 + 64)
+
+
 @dataclass
 class _Layout:
     """What the host works out, as lists of words."""
@@ -132,8 +137,7 @@ class Selection:
                 layout.sampled += 1
                 for first in range(0, length, PIECE):
                     layout.sample_pieces += [sampled, start + m * length + first, min(PIECE, length - first)]
-                # Half more than the bracket is expected to hold, and a sixteenth of all for keys that many elements share.
-                room = min(n, int(3 * spread / sample * n) + n // 16 + 64)
+                room = _room(n, 2 * spread / sample * n)
             slots = min(max(chunks // CHUNKS_PER_SLOT, 1), MAX_SLOTS)
             each = -(-room // slots) + (64 if slots > 1 else 0)
             row = len(layout.rows) // rank.WORDS.value
@@ -173,7 +177,7 @@ class Selection:
             )  # fmt: skip
         for digit in range(self.digits):
             launch(
-                rank.radix_kernel, pieces, self.device, self.sample_pieces, self.filled, self.sample, self.sample_states,
+                rank.radix_kernel, pieces, self.device, self.sample_pieces, self.filled, self.settled, self.sample, self.sample_states,
                 self.sample_histograms, digit, BITS=bits, STATISTICS=3, FILLED=False, BLOCK=BLOCK,
             )  # fmt: skip
         launch(
@@ -191,8 +195,8 @@ class Selection:
         )  # fmt: skip
         for digit in range(self.digits):
             launch(
-                rank.radix_kernel, slots, self.device, self.pieces, self.filled, self.keys, self.states, self.histograms, digit,
-                BITS=bits, STATISTICS=1, FILLED=True, BLOCK=BLOCK,
+                rank.radix_kernel, slots, self.device, self.pieces, self.filled, self.settled, self.keys, self.states, self.histograms,
+                digit, BITS=bits, STATISTICS=1, FILLED=True, BLOCK=BLOCK,
             )  # fmt: skip
             for group in self.groups:
                 self._over_data(

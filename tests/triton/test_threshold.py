@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from pymerge import reference, triton_backend
-from pymerge.triton_kernels import launch, threshold
+from pymerge.triton_kernels import launch, rank, threshold
 
 from ..core.conftest import HOSTILE, unaligned
 from .conftest import there
@@ -112,10 +112,17 @@ def test_slowly_when_the_bracket_is_of_no_use(monkeypatch, wide, trouble):
     n = 1801
     integer, floating = (torch.int64, torch.float64) if wide else (torch.int32, torch.float32)
     few, many = torch.randint(1000, 1007, (n,), dtype=integer), torch.randint(0, 2**30, (n,), dtype=integer)
-    if trouble == "missed":  # an empty bracket
-        monkeypatch.setattr(threshold, "DEVIATIONS", -3.0)
-    else:
+    if trouble == "overflowed":
         monkeypatch.setattr(threshold, "_room", lambda n, expected: 3)
+    else:
+        launch_one = threshold.launch
+
+        def far_off(kernel, programs, device, rows, settled, *args, **constants):
+            launch_one(kernel, programs, device, rows, settled, *args, **constants)
+            if kernel is rank.bracket_ends_kernel:
+                settled.view(programs, -1)[:, :3] = 5
+
+        monkeypatch.setattr(threshold, "launch", far_off)
     slow = found_slowly(monkeypatch)
     check(None, [[few.view(floating)], [many.view(floating)]], [n // 3, n // 2], ties=("first",))
     assert slow == [True]
