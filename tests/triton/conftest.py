@@ -32,3 +32,30 @@ def there(t):
 def poisoned(n: int, dtype: torch.dtype) -> torch.Tensor:
     """An output that shows what nobody wrote."""
     return torch.full((n,), float("nan"), dtype=dtype, device=DEVICE)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A list that gets each kernel's name as it is launched; `launches.inside` is true while one runs."""
+
+    class Launches(list):
+        inside = False
+
+    from pymerge.triton_kernels.combine import combine_kernel
+
+    seen, kind = Launches(), type(combine_kernel)
+    plain = kind.__getitem__
+
+    def counted(kernel, grid):
+        def run(*args, **kwargs):
+            seen.append(kernel.fn.__name__)
+            seen.inside = True
+            try:
+                return plain(kernel, grid)(*args, **kwargs)
+            finally:
+                seen.inside = False
+
+        return run
+
+    monkeypatch.setattr(kind, "__getitem__", counted)
+    return seen

