@@ -19,6 +19,29 @@ def one_device():
         pytest.skip("TRITON_INTERPRET=0 needs a GPU")
 
 
+_patched = set()
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(monkeypatch):
+    """Half of the interpreter's time goes into patching triton.language at every call of a device function.
+
+    The kernel has done that already, but for functions of Triton's own, which see the language as `core`: once is enough for those.
+    """
+    if DEVICE.type != "cpu":
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def call(self, *args, **kwargs):
+        module = self.fn.__globals__.get("__name__", "")
+        if module.startswith("triton.") and module not in _patched:
+            _patched.add(module)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
 @pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def dtype(request):
     return request.param
