@@ -26,7 +26,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pymerge.triton_kernels import combine, lerp, rank, reduce, select, threshold
+from pymerge.triton_kernels import combine, lerp, rank, reduce, rows, select, threshold
 from pymerge.triton_kernels.compat import LAUNCH_OPTIONS, THREADS
 from pymerge.triton_kernels.launch import BLOCK, CHUNK, block_of
 
@@ -94,6 +94,7 @@ def cases() -> Iterator[Case]:
             "ties": {"SPARSIFY": "magnitude", "VOTE": "mass", "DIVISOR": "weights"},
             "ties_counted": {"SPARSIFY": "magnitude", "VOTE": "count", "DIVISOR": "count", "VOTE_WEIGHTED": False, "ZERO_VOTE": "majority"},
             "ties_drop": {"SPARSIFY": "magnitude", "VOTE": "count", "DIVISOR": "none", "ZERO_VOTE": "drop"},
+            "breadcrumbs_ties": {"SPARSIFY": "band", "VOTE": "mass"},
             "dare_linear": {"SPARSIFY": "bernoulli", "RESCALED": True},
             "dare_ties": {"SPARSIFY": "bernoulli", "RESCALED": True, "VOTE": "mass"},
             "vote_balance": {"SPARSIFY": "magnitude", "VOTE": "mass", "BALANCE_ONLY": True},
@@ -107,7 +108,7 @@ def cases() -> Iterator[Case]:
         short = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "fp64": "*fp64"}[label]
         yield Case("dots", label, reduce.dots_kernel, together, {0: short, 1: short, 2: "*fp64"})
         chunked = {**base, **shape, "ALIGNED": True, "MODELS": 3}
-        for sparsify in ("magnitude", "bernoulli"):
+        for sparsify in ("magnitude", "band", "bernoulli"):
             constants = {**base, "SPARSIFY": sparsify, "MODELS": 3, "CHUNK": CHUNK, "TOGETHER": CHUNK // reduce.SUM_BLOCK.value}
             yield Case(f"abs_sums_{sparsify}", label, reduce.abs_sums_kernel, constants, {0: "*i64", 2: "*fp64"})
         pair = {"DTYPE": dtype, "COMPUTE": compute, "ALIGNED": True, **shape}
@@ -137,7 +138,9 @@ def cases() -> Iterator[Case]:
         yield Case("where_to_look", label, rank.where_to_look_kernel, {"BITS": bits, "BLOCK": threshold.MAX_SLOTS}, pointers)
         pointers = {0: "*i64", 1: "*i32", 2: integer, 3: "*i32", 4: "*i64", 5: "*i32"}
         yield Case("tally_found", label, rank.tally_found_kernel, {"MODELS": 3, "BLOCK": BLOCK}, pointers)
-    yield Case("publish", "fp32", rank.publish_kernel, {"MODELS": 3, "PADDED": 4}, {0: "*i64", 1: "*i64", 2: "*i64"})
+    yield Case(
+        "publish", "fp32", rank.publish_kernel, {"MODELS": 3, "PADDED": 4, "TO": rows.KEY_WORD.value}, {0: "*i64", 1: "*i64", 2: "*i64"}
+    )
 
 
 def instructions(sass: str) -> list[str]:

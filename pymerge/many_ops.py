@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .conventions import kept_count
 from .finite import raise_if_not_finite
 from .reference import compute_dtype
 from .spec import MergeSpec
@@ -108,8 +107,8 @@ def _by_device(items: Sequence[T], device_of: Callable[[T], torch.device]) -> It
 _library = torch.library.Library("pymerge", "FRAGMENT")
 _library.define(
     "merge_many_out(Tensor[] bases, Tensor[] models, float[] weights, float[] densities, str sparsify, bool elect, str tie_break, "
-    "str vote, bool vote_weighted, str zero_vote, str divisor, str rescale, str k, float scale, int seed, str scope, str[] names, "
-    "bool check_finite, Tensor(a!)[] outs) -> ()"
+    "str vote, bool vote_weighted, str zero_vote, str divisor, str rescale, str k, float scale, int seed, float[] gammas, str scope, "
+    "str[] names, bool check_finite, Tensor(a!)[] outs) -> ()"
 )
 _library.define(
     "lerp_many_out(Tensor[] a, Tensor[] b, float alpha, str[] names, str label_a, str label_b, bool check_finite, Tensor(a!)[] outs) -> ()"
@@ -198,7 +197,7 @@ def _of_one_arithmetic(jobs: Sequence[Job]) -> Sequence[Job]:
 
 def _ranked_together(jobs: Sequence[Job], spec: MergeSpec) -> list[Tensor]:
     sizes = [job.models[0].numel() for job in jobs]
-    counts = [kept_count(density, sum(sizes), spec.convention.k) for density in spec.densities]
+    (counts,) = spec.counts(sum(sizes))
     bases = None if jobs[0].base is None else [job.base for job in jobs]
     thresholds = ops.select(bases, [[job.models[i] for job in jobs] for i in range(len(counts))], counts, spec.convention.tie_break)
     selections, start = [], 0

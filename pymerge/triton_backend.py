@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .conventions import kept_count
 from .reference import KEEP_NONE, compute_dtype
 from .spec import MergeSpec, tensor_id
 from .triton_kernels import combine as combine_kernels
@@ -22,6 +21,7 @@ from .triton_kernels import reduce as reduce_kernels
 from .triton_kernels.compat import INTERPRETED
 from .triton_kernels.launch import Finite, Row, Table, aligned, bits_of, chunks_of, tl_dtype
 from .triton_kernels.rank import CUT, FOUND, SETTLED_WORDS
+from .triton_kernels.rows import KEY_WORD, LARGER_WORD
 from .triton_kernels.threshold import Segment, Selection
 
 __all__ = [
@@ -109,34 +109,37 @@ class PreparedMerge:
         seed = spec.seed - 2**64 if spec.seed >= 2**63 else spec.seed
         bits = {compute: _scalars(spec, factors, compute) for compute in set(computes)}
 
+        # The largest that are kept, or kept and larger, and for a band the larger ones.
+        ends = (KEY_WORD, LARGER_WORD)[: 2 if spec.sparsify == "band" else 1]
         rows, segments = _Rows(), {torch.float32: [], torch.float64: []}
         for number, members in enumerate(ranked):
             n, start = sum(jobs[j].out.numel() for j in members), len(rows.rows)
-            pending = spec.sparsify == "magnitude" and all(jobs[j].selection is None for j in members)
-            counts = [kept_count(density, n, c.k) for density in spec.densities] if pending else [0] * count
-            segment = _segment(range(start, start + len(members)), counts, n, computes[members[0]])
+            pending = spec.sparsify in ("magnitude", "band") and all(jobs[j].selection is None for j in members)
+            counts = spec.counts(n) if pending else [[0] * count for _ in ends]
+            found = [_segment(range(start, start + len(members)), k, n, computes[members[0]]) for k in counts]
             selection_row = len(segments[computes[members[0]]]) * count
-            if any(segment.counts):
-                segments[computes[members[0]]].append(segment)
+            if any(k for segment in found for k in segment.counts):
+                segments[computes[members[0]]].append(found)
             offset = 0
             for j in members:
                 job, compute = jobs[j], computes[j]
                 size = job.out.numel()
                 scale, divisor, weights, factor_bits = bits[compute]
                 if job.selection is None:
-                    cuts = [(key, max(min(cut - offset, size - 1), -1)) for key, cut in segment.answers]
+                    cuts = [(key, max(min(cut - offset, size - 1), -1)) for segment in found for key, cut in segment.answers]
                 else:
                     cuts = [(min(key, _largest_key(compute)), cut) for key, cut in job.selection.tolist()]
+                larger = cuts[count:] or [(0, 0)] * count
                 place = 1 + (j if given else number)
                 header = [tensor_id(job.name), place, seed, scale, divisor, selection_row, offset]
-                per_model = [[w, f, key, cut, bound] for w, f, (key, cut), bound in zip(weights, factor_bits, cuts, bounds)]
+                per_model = [[w, f, *end, bound, *top] for w, f, end, bound, top in zip(weights, factor_bits, cuts, bounds, larger)]
                 rows.add(job.base, job.models, job.out, compute, header, per_model)
                 offset += size
         self._rows = rows
         self.table = Table(rows.rows, jobs[0].out.device, sums=sums, given=given, entries=any(segments.values()))
         self._before = [
-            Selection(self.table, found, rows.sizes, rows.first_chunk, compute, c.tie_break == "all")
-            for compute, found in segments.items() if found
+            Selection(self.table, found, rows.sizes, rows.first_chunk, compute, c.tie_break == "all", to.value)
+            for compute, pairs in segments.items() for to, found in zip(ends, zip(*pairs))
         ]  # fmt: skip
         if rescale == "norm":
             self._before.append(reduce_kernels.Norms(self.table, count, spec.sparsify))
@@ -240,7 +243,7 @@ def select(bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], c
     rows, offset = _Rows(), 0
     for j, size in enumerate(sizes):
         header = [0, 0, 0, 0, 0, 0, offset]
-        rows.add(bases[j] if bases else None, [model[j] for model in models], None, compute, header, [[0] * 5] * len(models))
+        rows.add(bases[j] if bases else None, [model[j] for model in models], None, compute, header, [[0] * 7] * len(models))
         offset += size
     rows.widen()
     table = Table(rows.rows, models[0][0].device, entries=True)

@@ -7,8 +7,8 @@ import triton.language as tl
 
 from .launch import Table, block_of, launch
 from .memory import load_wide, scalar, store_rounded
-from .rows import BALANCE_WORD, BASE_WORD, FACTOR_WORD, KEY_WORD, ROW_HEADER, ROW_MODEL
-from .sparsify import infinity_key, kept_by_chance, kept_by_magnitude, key_type, magnitude_key
+from .rows import BALANCE_WORD, BASE_WORD, FACTOR_WORD, ROW_HEADER, ROW_MODEL
+from .sparsify import infinity_key, kept_by_chance, kept_by_selection, key_type, magnitude_key
 
 __all__ = ["combine", "combine_kernel"]
 
@@ -40,8 +40,8 @@ def _combine_block(
         weight = scalar(tl.load(words + 1), COMPUTE)
         if RESCALED:
             delta = delta * scalar(tl.load(words + FACTOR_WORD), COMPUTE)
-        if SPARSIFY == "magnitude":
-            kept = kept_by_magnitude(key, tl.load(words + KEY_WORD), tl.load(words + KEY_WORD + 1), first, lane)
+        if SPARSIFY == "magnitude" or SPARSIFY == "band":
+            kept = kept_by_selection(key, words, first, lane, SPARSIFY == "band")
             delta = tl.where(kept, delta, 0.0)
         elif SPARSIFY == "bernoulli":
             kept = kept_by_chance(group, seed, tensor, m + tl.zeros([1], tl.uint32), tl.load(words + 5), [BLOCK])

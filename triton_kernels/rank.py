@@ -8,7 +8,7 @@ and all alike, so that nobody waits for anybody.
 import triton
 import triton.language as tl
 
-from .rows import KEY_WORD, OFFSET_WORD, ROW_HEADER, ROW_MODEL, SELECTION_WORD
+from .rows import OFFSET_WORD, ROW_HEADER, ROW_MODEL, SELECTION_WORD
 
 __all__ = ["bracket_ends_kernel", "publish_kernel", "radix_kernel", "settle_kernel", "tally_found_kernel", "where_to_look_kernel"]
 
@@ -216,10 +216,10 @@ def tally_found_kernel(
 
 
 @triton.jit
-def publish_kernel(table, places, settled, MODELS: tl.constexpr, PADDED: tl.constexpr):
+def publish_kernel(table, places, settled, MODELS: tl.constexpr, PADDED: tl.constexpr, TO: tl.constexpr):
     """Puts each model's (key, cut) into a tensor's row, the cut as an index of the tensor: -1 keeps no tie, size - 1 all.
 
-    places: int64, where the rows start.
+    places: int64, where the rows start; TO: which of a model's words.
     """
     row = table + tl.load(places + tl.program_id(0))
     m = tl.arange(0, PADDED)
@@ -227,6 +227,6 @@ def publish_kernel(table, places, settled, MODELS: tl.constexpr, PADDED: tl.cons
     key = tl.load(settled + FOUND, mask=m < MODELS, other=0)
     cut = tl.load(settled + CUT, mask=m < MODELS, other=0) - tl.load(row + OFFSET_WORD)
     cut = tl.minimum(tl.maximum(cut, -1), tl.load(row) - 1)
-    to = row + ROW_HEADER + ROW_MODEL * m + KEY_WORD
+    to = row + ROW_HEADER + ROW_MODEL * m + TO
     tl.store(to, key, mask=m < MODELS)
     tl.store(to + 1, cut, mask=m < MODELS)

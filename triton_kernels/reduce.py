@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .launch import Table, launch, pack
 from .memory import widen
-from .rows import BASE_WORD, FACTOR_WORD, FIRST_CHUNK_WORD, KEY_WORD, ROW_HEADER, ROW_MODEL
-from .sparsify import kept_by_chance, kept_by_magnitude, magnitude_key
+from .rows import BASE_WORD, FACTOR_WORD, FIRST_CHUNK_WORD, ROW_HEADER, ROW_MODEL
+from .sparsify import kept_by_chance, kept_by_selection, magnitude_key
 
 __all__ = ["Norms", "abs_sums_kernel", "dots", "dots_kernel", "factor_kernel"]
 
@@ -68,8 +68,8 @@ def abs_sums_kernel(
             delta = delta - _load(tl.load(row + BASE_WORD), index, n, BASE, COMPUTE)
         magnitude = tl.abs(delta).to(tl.float64)
         full += magnitude
-        if SPARSIFY == "magnitude":
-            kept = kept_by_magnitude(magnitude_key(delta), tl.load(words + KEY_WORD), tl.load(words + KEY_WORD + 1), 0, index)
+        if SPARSIFY == "magnitude" or SPARSIFY == "band":
+            kept = kept_by_selection(magnitude_key(delta), words, 0, index, SPARSIFY == "band")
         else:
             group = ((begin + step) >> 2) + tl.arange(0, LANES // 4)[None, :]
             model = m + tl.zeros([1, 1], tl.uint32)

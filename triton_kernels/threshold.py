@@ -22,6 +22,7 @@ import torch
 
 from . import rank, select
 from .launch import BLOCK, Group, Table, arena, block_of, chunks_of, launch, pack, tl_dtype
+from .rows import KEY_WORD
 
 __all__ = ["Segment", "Selection"]
 
@@ -69,7 +70,7 @@ class Selection:
     """Selections over tensors of `table` whose arithmetic is `compute`. Side buffers are made here; `run` only launches.
 
     `sizes` and `offsets` are those of the table's rows: elements, and flat index of the first one in its segment; `first_chunk` numbers
-    chunks over all rows.
+    chunks over all rows; `to` says which of a model's words get the result.
     """
 
     def __init__(
@@ -80,9 +81,11 @@ class Selection:
         first_chunk: Sequence[int],
         compute: torch.dtype,
         tie_all: bool,
+        to: int = KEY_WORD.value,
     ) -> None:
         wide = compute == torch.float64
         key_dtype = torch.int64 if wide else torch.int32
+        self.to = to
         self.table, self.compute, self.tie_all, self.bits = table, tl_dtype(compute), tie_all, 63 if wide else 31
         self.digits = -(-self.bits // 8)
         self.models = len(segments[0].counts)
@@ -207,7 +210,17 @@ class Selection:
         if not self.tie_all:
             self._cut(slots)
         padded = 1 << (self.models - 1).bit_length()
-        launch(rank.publish_kernel, len(self.places), self.device, table, self.places, self.settled, MODELS=self.models, PADDED=padded)
+        launch(
+            rank.publish_kernel,
+            len(self.places),
+            self.device,
+            table,
+            self.places,
+            self.settled,
+            MODELS=self.models,
+            PADDED=padded,
+            TO=self.to,
+        )
 
     def _cut(self, slots: int) -> None:
         chunks = self.table.chunks

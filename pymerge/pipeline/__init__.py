@@ -1,0 +1,6 @@
+"""Rounds of post-training: what each stage kept and lost, and merging along the way (docs/pipeline.md)."""
+
+from .monitor import StageMonitor
+from .search import Interpolation, wise_ft_search
+
+__all__ = ["Interpolation", "StageMonitor", "wise_ft_search"]
