@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .checkpoint.adapters import merge_adapters
+    from .checkpoint.lora.extract import extract_lora
     from .checkpoint.merge import merge
+    from .checkpoint.verify import verify
     from .conventions import Convention, presets
     from .losses import kl_divergence
     from .merge_methods.arcee_fusion import arcee_fusion
@@ -59,6 +62,7 @@ __all__ = [
     "della",
     "della_linear",
     "ema_update",
+    "extract_lora",
     "forward_transfer",
     "get_method",
     "greedy_soup",
@@ -68,6 +72,7 @@ __all__ = [
     "magmax",
     "make_replay_stream",
     "merge",
+    "merge_adapters",
     "methods",
     "model_soup",
     "model_stock",
@@ -82,12 +87,16 @@ __all__ = [
     "slerp",
     "task_arithmetic",
     "ties",
+    "verify",
     "wise_ft",
 ]
 
 # Everything is imported when it is first used, so that `pymerge --help` does not wait for torch.
 _HOME = {
+    "checkpoint.adapters": ("merge_adapters",),
+    "checkpoint.lora.extract": ("extract_lora",),
     "checkpoint.merge": ("merge",),
+    "checkpoint.verify": ("verify",),
     "conventions": ("Convention", "presets"),
     "merge_methods.arcee_fusion": ("arcee_fusion",),
     "merge_methods.breadcrumbs": ("breadcrumbs", "breadcrumbs_ties"),

@@ -2,5 +2,6 @@
 
 from .monitor import StageMonitor
 from .search import Interpolation, wise_ft_search
+from .sequential import SequentialMerger
 
-__all__ = ["Interpolation", "StageMonitor", "wise_ft_search"]
+__all__ = ["Interpolation", "SequentialMerger", "StageMonitor", "wise_ft_search"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from .problems import Path, Problem, RecipeError
 
-__all__ = ["Source", "read_source"]
+__all__ = ["Source", "parse_text", "read_source", "read_sources"]
 
 MAX_BYTES = 4_000_000
 MAX_VALUES = 200_000
@@ -38,10 +38,22 @@ def read_source(recipe: str | os.PathLike | Mapping) -> Source:
     """Read a recipe from a YAML file, a .json file, or take a mapping as it is.
 
     Raises:
+        RecipeError: the file cannot be read or parsed, or holds several recipes.
+    """
+    sources = read_sources(recipe)
+    if len(sources) > 1:
+        raise _failure(sources[0].label, None, f"holds {len(sources)} recipes, and one is wanted here; `pymerge merge` takes them all")
+    return sources[0]
+
+
+def read_sources(recipe: str | os.PathLike | Mapping) -> list[Source]:
+    """Every recipe of a file: a YAML file may hold several, one in each of its documents.
+
+    Raises:
         RecipeError: the file cannot be read or parsed.
     """
     if isinstance(recipe, Mapping):
-        return Source("recipe", None, recipe)
+        return [Source("recipe", None, recipe)]
     if not isinstance(recipe, str | os.PathLike):
         raise TypeError(f"recipe is a {type(recipe).__name__}; pass a path or a mapping")
     path = FilePath(recipe)
@@ -57,14 +69,20 @@ def read_source(recipe: str | os.PathLike | Mapping) -> Source:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _failure(label, None, f"is not UTF-8 text (byte {error.start})") from None
+    return parse_text(text, label, path.parent, path.suffix == ".json")
+
+
+def parse_text(text: str, label: str, folder: FilePath | None, is_json: bool = False) -> list[Source]:
+    """Every recipe of a text.
+
+    Raises:
+        RecipeError: it cannot be parsed.
+    """
     try:
-        if path.suffix == ".json":
-            data, lines = _parse_json(text, label), {}
-        else:
-            data, lines = _parse_yaml(text, label)
+        documents = [(_parse_json(text, label), {})] if is_json else _parse_yaml(text, label)
     except RecursionError:
         raise _failure(label, None, "is nested too deep") from None
-    return Source(label, path.parent, data, lines)
+    return [Source(label, folder, data, lines) for data, lines in documents]
 
 
 def _failure(label: str, line: int | None, message: str) -> RecipeError:
@@ -85,17 +103,22 @@ def _parse_json(text: str, label: str) -> Any:
         raise _failure(label, error.lineno, f"is not valid JSON: {error.msg}") from None
 
 
-def _parse_yaml(text: str, label: str) -> tuple[Any, dict[Path, int]]:
+def _parse_yaml(text: str, label: str) -> list[tuple[Any, dict[Path, int]]]:
     import yaml
 
     try:
         loader = yaml.SafeLoader(text)
+        documents = []
         try:
-            node = loader.get_single_node()
-            reader = _NodeReader(loader, label)
-            return (None if node is None else reader.value(node, ())), reader.lines
+            while loader.check_node():
+                node = loader.get_node()
+                reader = _NodeReader(loader, label)
+                documents.append((reader.value(node, ()), reader.lines))
         finally:
             loader.dispose()
+        if len(documents) > 1:  # a separator with nothing behind it makes no recipe
+            documents = [document for document in documents if document[0] is not None]
+        return documents or [(None, {})]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise _failure(label, mark.line + 1 if mark else None, f"is not valid YAML: {error.problem or error.context}") from None
@@ -125,7 +148,7 @@ class _NodeReader:
             raise _failure(self._label, None, f"has more than {MAX_VALUES} values")
         self.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.ScalarNode):
-            return self._loader.construct_object(node)
+            return self._scalar(node)
         if id(node) in self._inside:
             raise _failure(self._label, node.start_mark.line + 1, "contains itself through an alias")
         self._inside.add(id(node))
@@ -135,6 +158,13 @@ class _NodeReader:
             return self._mapping(node, path)
         finally:
             self._inside.discard(id(node))
+
+    def _scalar(self, node) -> Any:
+        try:
+            return self._loader.construct_object(node)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # PyYAML lets these through: `!!timestamp x`
+            line, text = node.start_mark.line + 1, node.value[:80]
+            raise _failure(self._label, line, f"is not valid YAML: {text!r} is not of the type {node.tag.rpartition(':')[2]!r}") from None
 
     def _mapping(self, node, path: Path) -> dict:
         import yaml
@@ -148,7 +178,7 @@ class _NodeReader:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _failure(self._label, line, "has a key that is a list or a mapping")
-            key = self._loader.construct_object(key_node)
+            key = self._scalar(key_node)
             if i >= inherited:
                 if key in seen:
                     raise _failure(self._label, line, f"key {key!r} occurs twice in one mapping")

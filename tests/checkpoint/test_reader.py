@@ -60,9 +60,10 @@ def test_few_files_open(tmp_path, monkeypatch):
 
 def test_shards_may_be_symlinks(tmp_path):
     """The Hugging Face cache stores every file as a link to a blob."""
-    folder = save_model(tmp_path / "blobs", tensors_of(0), 2)
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    repository = tmp_path / "models--org--a"
+    folder = save_model(repository / "blobs", tensors_of(0), 2)
+    snapshot = repository / "snapshots/1234"
+    snapshot.mkdir(parents=True)
     for path in folder.iterdir():
         (snapshot / path.name).symlink_to(path)
     assert len(open_checkpoint(snapshot).tensors) == 12
@@ -130,10 +131,11 @@ def test_ambiguous_or_missing(tmp_path):
     refused("a\0b", "cannot be opened|does not exist")
     refused("x" * 5000, "too long|cannot be opened")
     (tmp_path / "text.txt").write_text("x")
-    refused(tmp_path / "text.txt", "neither a .safetensors file nor a folder")
+    refused(tmp_path / "text.txt", "neither a .safetensors, .bin, .pt or .pth file nor a folder")
     refused(tmp_path, "holds no model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    refused(tmp_path, "convert pytorch_model.bin to safetensors")
+    refused(tmp_path, "pytorch_model.bin: is truncated, damaged or not a PyTorch file")
+    (tmp_path / "pytorch_model.bin").unlink()
     (tmp_path / "adapter_model.safetensors").write_bytes(raw({}))
     refused(tmp_path, "LoRA adapter")
     folder = save_model(tmp_path / "m", tensors_of(0), 2)
