@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .checkpoint.adapters import merge_adapters
+    from .checkpoint.lora.extract import extract_lora
     from .checkpoint.merge import merge
     from .checkpoint.verify import verify
     from .conventions import Convention, presets
@@ -60,6 +62,7 @@ __all__ = [
     "della",
     "della_linear",
     "ema_update",
+    "extract_lora",
     "forward_transfer",
     "get_method",
     "greedy_soup",
@@ -69,6 +72,7 @@ __all__ = [
     "magmax",
     "make_replay_stream",
     "merge",
+    "merge_adapters",
     "methods",
     "model_soup",
     "model_stock",
@@ -89,6 +93,8 @@ __all__ = [
 
 # Everything is imported when it is first used, so that `pymerge --help` does not wait for torch.
 _HOME = {
+    "checkpoint.adapters": ("merge_adapters",),
+    "checkpoint.lora.extract": ("extract_lora",),
     "checkpoint.merge": ("merge",),
     "checkpoint.verify": ("verify",),
     "conventions": ("Convention", "presets"),

@@ -147,7 +147,7 @@ class _Differences:
     def _vocabulary_hint(name: str, a: TensorInfo, b: TensorInfo) -> str:
         if not is_vocabulary(name) or a.shape[1:] != b.shape[1:]:
             return ""
-        return "; 'tokenizer_source' matches tokens, 'vocabulary: crop' cuts rows off"
+        return "; 'tokenizer_source' matches tokens, 'vocabulary' (crop or pad) only numbers of rows"
 
     def report(self) -> None:
         """Tell what was found."""

@@ -18,7 +18,7 @@ from .sizes import format_bytes
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
-__all__ = ["COPIED", "CardInput", "config_with_dtype", "files_to_copy", "model_card", "read_config", "read_json"]
+__all__ = ["COPIED", "CardInput", "config_with_dtype", "files_to_copy", "model_card", "read_config", "read_json", "to_json"]
 
 MAX_BYTES = 200_000_000
 
@@ -81,7 +81,12 @@ def config_with_dtype(raw: bytes, code: str) -> bytes:
     config = json.loads(raw)
     if not _set_dtype(config, name_of(code)):
         return raw
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return to_json(config)
+
+
+def to_json(content: Any) -> bytes:
+    """A JSON file as model folders have them."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> bool:

@@ -18,6 +18,7 @@ from .. import ops
 from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
 from . import dtypes
+from .adapter_recipe import is_adapter_recipe, merge_adapter_recipe
 from .extras import CardInput, config_with_dtype, files_to_copy, model_card, read_small
 from .format import CheckpointError, InputChangedError
 from .inputs import Hashes, InputFiles
@@ -88,6 +89,8 @@ def merge(
     """Merge checkpoints on disk as a recipe says, tensor by tensor.
 
     Memory stays near the largest tensor of each model, counted once, plus at most 200 MB on the way, whatever the size of the models.
+    When all models are LoRA adapters, the result is an adapter, see :func:`pymerge.merge_adapters`.
+
     The result appears at `out` complete or not at all. The same recipe and models give the same files, byte for byte, for any number of
     threads, at any place, resumed or not. A file with several recipes is merged into folders of their names in `out`; what is there already
     is not merged again.
@@ -125,6 +128,8 @@ def merge(
         MergeError: the method failed, a result overflowed, or integer tensors differ.
         OSError: writing failed.
     """
+    if is_adapter_recipe(recipe):
+        return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force)
     options = {"shard_size": parse_bytes(shard_size), "dtype": _text(dtype), "out_dtype": _text(out_dtype), "seed": seed}
     report = None
     for place, plan in plan_merges(recipe, out, force=force, resume=resume, download=download, **options):
@@ -247,6 +252,8 @@ def _compute_threads(count: int | None):
 
 def _extra_files(plan: Plan) -> dict[str, bytes]:
     content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
+    if plan.alignment is not None:
+        content = plan.alignment.replace(content)
     plan.changes.apply(content)
     if "config.json" in content:
         content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))

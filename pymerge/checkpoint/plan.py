@@ -15,6 +15,7 @@ from ..recipe.problems import Problems, did_you_mean
 from ..recipe.schema import Recipe, parse_recipe
 from ..recipe.source import Source, read_source
 from . import dtypes
+from .align import Alignment, align_vocabularies, pad_vocabularies
 from .changes import Changes, choose_chat_template, layer_changes
 from .compare import Matched, match_tensors
 from .format import TensorInfo
@@ -65,6 +66,7 @@ class Plan:
         layout: of the files to write.
         donor: the folder whose config and tokenizer are copied.
         changes: to these files.
+        alignment: of the models' vocabularies, which replaces some of these files.
         buffers: memory for tensors on their way.
         warnings: what looks like a mistake.
     """
@@ -78,6 +80,7 @@ class Plan:
     layout: Layout
     donor: Path | None
     changes: Changes
+    alignment: Alignment | None
     buffers: Buffers
     warnings: tuple[str, ...]
 
@@ -165,7 +168,7 @@ def _override(recipe: Recipe, dtype: str | None, out_dtype: str | None) -> Recip
         if value is not None:
             changes[key] = dtypes.parse_dtype(str(value))
             if changes[key] is None:
-                raise ValueError(f"{key} {value!r} is not a dtype; choose float32, bfloat16, float16 or float64")
+                raise ValueError(f"{key} {value!r} is not a dtype; choose {', '.join(dtypes.CHOICES)}")
     return recipe.replace(**changes)
 
 
@@ -190,8 +193,8 @@ def _complete(
     resume: bool,
 ) -> Plan:
     parts = make_parts(recipe, method, sources, problems)
-    _align_vocabularies(recipe, sources, problems)
     ties = find_ties(sources)
+    alignment = _align_vocabularies(recipe, parts, sources, ties, problems)
     if ties.kept:
         heads, models = ", ".join(sorted(ties.hidden)), " and ".join(ties.kept)
         problems.warnings.append(f"{heads} of {models} is tied to the embeddings (by config.json) and is not written a second time")
@@ -229,15 +232,26 @@ def _complete(
         layout=layout,
         donor=None if single else sources.donor_folder,
         changes=changes,
+        alignment=alignment,
         buffers=buffers_for(tensors),
         warnings=tuple(problems.warnings),
     )
 
 
-def _align_vocabularies(recipe: Recipe, sources: Sources, problems: Problems) -> None:
+def _align_vocabularies(recipe: Recipe, parts: Sequence[Part], sources: Sources, ties: Ties, problems: Problems) -> Alignment | None:
     """The one place where checkpoints are replaced by ones whose embeddings follow the output's vocabulary."""
-    if recipe.tokenizer is not None and sources.complete:
-        problems.add(("tokenizer",), "(or tokenizer_source) is not supported yet; without it the donor's tokenizer is copied")
+    if not sources.complete or (recipe.tokenizer is None and recipe.vocabulary != "pad"):
+        return None
+    merged = {each.index for part in parts for each in part.inputs}
+    base = sources.indices[recipe.base_model] if recipe.base_model is not None else None
+    if recipe.tokenizer is None:
+        alignment = pad_vocabularies(sources, merged, base, ties.aliases, problems)
+    else:
+        alignment = align_vocabularies(recipe.tokenizer, sources, merged, base, ties.aliases, problems)
+    if alignment is None:
+        problems.raise_if_any()  # shapes that differ for want of it would only hide what is wrong
+    sources.checkpoints[:] = alignment.stores
+    return alignment
 
 
 def _changes(

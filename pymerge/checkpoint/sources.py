@@ -14,6 +14,8 @@ from ..recipe.reference import ModelReference
 from ..recipe.schema import Recipe
 from .extras import read_config
 from .format import CheckpointError
+from .lora import AdaptedCheckpoint, open_adapter
+from .quantised import sign_of_quantisation
 from .reader import open_checkpoint
 from .store import TensorStore
 
@@ -82,15 +84,14 @@ def _open(located: Located, name: str, place: Place, sources: Sources, problems:
     try:
         store = open_checkpoint(path)
         config = read_config(store.folder)
+        sign = sign_of_quantisation(store, config)
         for adapter in located.adapters:
-            store = _with_adapter(store, adapter)
+            store = AdaptedCheckpoint(store, open_adapter(adapter))
     except CheckpointError as error:
         problems.add(place, str(error))
         return None
-    if config and config.get("quantization_config"):
-        problems.add(
-            place, f"{path} is quantised (quantization_config in its config.json); stored codes cannot be merged: dequantise it first"
-        )
+    if sign:
+        problems.add(place, f"{path} is quantised ({sign}); stored codes cannot be merged: dequantise it first")
     if not store.tensors:
         problems.add(place, f"{path} has no tensors")
     for warning in getattr(store, "warnings", ()):
@@ -100,12 +101,3 @@ def _open(located: Located, name: str, place: Place, sources: Sources, problems:
     sources.places.append(place)
     sources.configs.append(config)
     return len(sources.checkpoints) - 1
-
-
-def _with_adapter(store: TensorStore, adapter: Path) -> TensorStore:
-    """The one place where a LoRA adapter is put onto a model."""
-    try:
-        from .lora import AdaptedCheckpoint, open_adapter
-    except ImportError:
-        raise CheckpointError(f"{adapter}: LoRA adapters are not supported yet: merge it into its model first") from None
-    return AdaptedCheckpoint(store, open_adapter(adapter))

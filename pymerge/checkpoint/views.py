@@ -73,7 +73,7 @@ class Views:
         if index not in self._whole:
             view: View = dict(self._sources.checkpoints[index].tensors)
             for head, embedding in self._ties.aliases.get(index, {}).items():
-                view[head] = view[embedding]
+                view.setdefault(head, view[embedding])  # a re-ordered vocabulary brings heads of its own
             for head in self._ties.hidden:
                 view.pop(head, None)
             self._whole[index] = view

@@ -31,16 +31,29 @@ def command(recipe, out, force, resume, verify, threads, no_check_finite, quiet,
     RECIPE is a YAML or JSON file in mergekit's format. OUT is a folder to make (shards, index, config, tokenizer, README.md) or a file
     that ends in .safetensors (the weights alone).
 
+    When all models are LoRA adapters, they are merged into a new adapter (see `pymerge lora merge`).
+
     Models are .safetensors files, or folders with model.safetensors or shards and an index. Relative paths are looked up in the recipe's
     folder first, then in the current one. Everything is checked before anything is read; memory stays near the largest tensor of each
     model; OUT appears when it is complete. Until then the work is in OUT.partial, where --resume finds it after an interrupt or a crash.
     A file with several recipes is merged into folders of their names in OUT.
     """
+    from ..checkpoint.adapter_recipe import is_adapter_recipe, merge_adapter_recipe
     from ..checkpoint.many import plan_merges
     from ..checkpoint.merge import run_plan
     from .progress import Progress, shown
 
     told = not (quiet or as_json)
+    if is_adapter_recipe(recipe):
+        dtype = options["out_dtype"] or options["dtype"]
+        report = merge_adapter_recipe(recipe, out, dtype=dtype, seed=options["seed"], force=force)
+        for warning in report.warnings if told else ():
+            click.echo(f"warning: {warning}", err=True)
+        if told:
+            click.echo(f"{out}: an adapter of {count(report.tensors // 2, 'module')}, {format_bytes(report.bytes_written)}")
+        elif as_json:
+            print_json("merge/1", {"merges": [_as_dict(None, report, None)], "there_already": []})
+        return
     done, there = [], []
     try:
         for place, plan in plan_merges(recipe, out, force=force, resume=resume, **options):
@@ -60,7 +73,7 @@ def command(recipe, out, force, resume, verify, threads, no_check_finite, quiet,
                     )  # fmt: skip
             for warning in report.warnings[len(plan.warnings) :] if told else ():
                 click.echo(f"warning: {warning}", err=True)
-            done.append(_as_dict(plan, report, meter))
+            done.append(_as_dict(plan.method.name, report, meter))
             if told:
                 _print(place, plan, report, meter, verbose)
     except KeyboardInterrupt as error:
@@ -84,16 +97,16 @@ def _print(place: Path, plan, report, meter: Meter, verbose: bool) -> None:
         click.echo(f"  {stage}  {size} in {seconds:.2f} s ({format_bytes(meter.rate(stage))}/s){slowest}")
 
 
-def _as_dict(plan, report, meter: Meter) -> dict:
+def _as_dict(method: str | None, report, meter: Meter | None) -> dict:
     return {
         "out": str(report.out),
-        "merge_method": plan.method.name,
+        "merge_method": method,
         "files": [{"path": str(path), "bytes": path.stat().st_size} for path in report.files],
         "tensors": report.tensors,
         "resumed_tensors": report.resumed,
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
         "seconds": report.seconds,
-        "stages": {stage: {"bytes": meter.bytes[stage], "seconds": meter.seconds[stage]} for stage in STAGES},
+        "stages": meter and {stage: {"bytes": meter.bytes[stage], "seconds": meter.seconds[stage]} for stage in STAGES},
         "warnings": list(report.warnings),
     }

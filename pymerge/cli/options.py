@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import click
 
+from ..checkpoint.dtypes import CHOICES
 from ..checkpoint.sizes import parse_bytes
 
 __all__ = ["DTYPES", "as_json", "merge_options"]
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = CHOICES
 
 
 class Size(click.ParamType):

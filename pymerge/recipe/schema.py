@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
-from ..checkpoint.dtypes import parse_dtype
+from ..checkpoint.dtypes import CHOICES, parse_dtype
 from .chat_templates import parse_chat_template
 from .entries import ModelEntry, ModuleEntry, SliceEntry, kind_of, parse_models, parse_modules, parse_parameters, parse_slices
 from .problems import Path, Problems, did_you_mean
@@ -26,7 +26,7 @@ KEYS = (
 )  # fmt: skip
 PARTS = ("models", "slices", "modules")
 
-POLICIES = {"missing_tensors": ("error", "drop", "keep", "merge"), "vocabulary": ("error", "crop")}
+POLICIES = {"missing_tensors": ("error", "drop", "keep", "merge"), "vocabulary": ("error", "crop", "pad")}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Recipe:
         chat_template: "auto", a built-in one's name, or Jinja text; None: the donor's.
         missing_tensors: what to do about a tensor that not all models have: "error", "drop" it, "keep" the first model's as it is, or
             "merge" those that there are.
-        vocabulary: what to do about embeddings with different numbers of rows: "error", or "crop" to the fewest.
+        vocabulary: what to do about embeddings with different numbers of rows: "error", "crop" to the fewest or "pad" to the most.
         name: of this merge, by which others in the same file use its result.
         folder: of the recipe's file; relative paths are looked up there first.
     """
@@ -210,6 +210,5 @@ def _dtype(value: Any, path: Path, problems: Problems) -> str | None:
         return None
     code = parse_dtype(value) if isinstance(value, str) else None
     if code is None:
-        options = ("float32", "bfloat16", "float16", "float64")
-        problems.add(path, f"{kind_of(value)} is not a dtype{did_you_mean(value, options) or '; choose ' + ', '.join(options)}")
+        problems.add(path, f"{kind_of(value)} is not a dtype{did_you_mean(value, CHOICES) or '; choose ' + ', '.join(CHOICES)}")
     return code

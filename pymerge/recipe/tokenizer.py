@@ -40,12 +40,14 @@ class TokenizerSpec:
         tokens: token -> where its embedding comes from; tokens that the source's vocabulary lacks are added to it.
         pad_to_multiple_of: of the number of rows of the embeddings.
         model: the model that `source` names.
+        tensors: names of the tensors with one row per token, where they cannot be told.
     """
 
     source: str
     tokens: Mapping[str, TokenSpec] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
     model: ModelReference | None = None
+    tensors: tuple[str, ...] = ()
 
     def references(self) -> list[ModelReference]:
         """Every model that it names."""
@@ -59,6 +61,8 @@ class TokenizerSpec:
             value["tokens"] = {token: _token_value(spec) for token, spec in self.tokens.items()}
         if self.pad_to_multiple_of is not None:
             value["pad_to_multiple_of"] = self.pad_to_multiple_of
+        if self.tensors:
+            value["tensors"] = list(self.tensors)
         return value
 
 
@@ -85,11 +89,11 @@ def parse_tokenizer_source(value: Any, path: Path, problems: Problems) -> Tokeni
 
 
 def parse_tokenizer(value: Any, path: Path, problems: Problems) -> TokenizerSpec | None:
-    """``tokenizer``: source, tokens, pad_to_multiple_of."""
+    """``tokenizer``: source, tokens, pad_to_multiple_of, and our own tensors."""
     if not isinstance(value, Mapping):
         problems.add(path, "is not a mapping; write source, tokens and pad_to_multiple_of below it")
         return None
-    _unknown(value, ("source", "tokens", "pad_to_multiple_of"), path, problems)
+    _unknown(value, ("source", "tokens", "pad_to_multiple_of", "tensors"), path, problems)
     source = parse_tokenizer_source(value.get("source", "union"), (*path, "source"), problems)
     given = value.get("tokens") or {}
     tokens: dict[str, TokenSpec] = {}
@@ -106,7 +110,11 @@ def parse_tokenizer(value: Any, path: Path, problems: Problems) -> TokenizerSpec
     if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
         problems.add((*path, "pad_to_multiple_of"), f"is {multiple!r}; write a whole number of at least 1")
         multiple = None
-    return None if source is None else TokenizerSpec(source.source, tokens, multiple, source.model)
+    tensors = value.get("tensors") or []
+    if not isinstance(tensors, list | tuple) or not all(isinstance(name, str) for name in tensors):
+        problems.add((*path, "tensors"), f"is {tensors!r}; write a list of the names of the tensors with one row per token")
+        tensors = []
+    return None if source is None else TokenizerSpec(source.source, tokens, multiple, source.model, tuple(tensors))
 
 
 def _token(value: Any, path: Path, problems: Problems) -> TokenSpec | None:

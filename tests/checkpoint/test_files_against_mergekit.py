@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from pymerge.checkpoint.merge import merge
+from tests.mergekit_run import merged_by_mergekit
 
 pytest.importorskip("mergekit")
 transformers = pytest.importorskip("transformers")
@@ -204,18 +204,11 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_same_weights(models, name, monkeypatch):
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-
     monkeypatch.chdir(models)
     path = models / f"{name}.yml"
     path.write_text(RECIPES[name])
-    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
-    # mergekit's loaders view mapped files: unwritten memory is not for it to fill.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(path.read_text())), str(models / f"{name}-mergekit"), options)
+    theirs = merged_by_mergekit(RECIPES[name], models / f"{name}-mergekit", copy_tokenizer=False)
     merge(path, models / name)
-    theirs = {k: v for file in (models / f"{name}-mergekit").glob("*.safetensors") for k, v in load_file(file).items()}
     ours = load_file(models / name / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():

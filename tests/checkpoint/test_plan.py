@@ -67,7 +67,7 @@ parameters:
         "r.yml:5: models[0].model: b lacks 1 tensor ('model.norm.weight') that a has; did you mean 'model.norm.wieght'?",
         "r.yml:5: models[0].model: b has 1 tensor ('model.norm.wieght') that a lacks",
         "r.yml:5: models[0].model: 'lm_head.weight' is [41, 16] in b and [40, 16] in a; "
-        "'tokenizer_source' matches tokens, 'vocabulary: crop' cuts rows off",
+        "'tokenizer_source' matches tokens, 'vocabulary' (crop or pad) only numbers of rows",
         "r.yml:6: models[0].parameters: 'weight' is required by 'ties' and is not given here nor in the global parameters",
         "r.yml:7: models[0].parameters.weigth: unknown parameter of 'ties'; did you mean 'weight'?",
         "r.yml:8: models[1].model: c.safetensors: truncated: header of 500 bytes announced, but the file has 10 bytes in all; "
