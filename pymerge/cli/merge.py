@@ -38,21 +38,14 @@ def command(recipe, out, force, resume, verify, threads, no_check_finite, quiet,
     model; OUT appears when it is complete. Until then the work is in OUT.partial, where --resume finds it after an interrupt or a crash.
     A file with several recipes is merged into folders of their names in OUT.
     """
-    from ..checkpoint.adapter_recipe import is_adapter_recipe, merge_adapter_recipe
+    from ..checkpoint.adapter_recipe import is_adapter_recipe
     from ..checkpoint.many import plan_merges
     from ..checkpoint.merge import run_plan
     from .progress import Progress, shown
 
     told = not (quiet or as_json)
     if is_adapter_recipe(recipe):
-        dtype = options["out_dtype"] or options["dtype"]
-        report = merge_adapter_recipe(recipe, out, dtype=dtype, seed=options["seed"], force=force)
-        for warning in report.warnings if told else ():
-            click.echo(f"warning: {warning}", err=True)
-        if told:
-            click.echo(f"{out}: an adapter of {count(report.tensors // 2, 'module')}, {format_bytes(report.bytes_written)}")
-        elif as_json:
-            print_json("merge/1", {"merges": [_as_dict(None, report, None)], "there_already": []})
+        _merge_adapters(recipe, out, options, force, told, as_json)
         return
     done, there = [], []
     try:
@@ -73,7 +66,7 @@ def command(recipe, out, force, resume, verify, threads, no_check_finite, quiet,
                     )  # fmt: skip
             for warning in report.warnings[len(plan.warnings) :] if told else ():
                 click.echo(f"warning: {warning}", err=True)
-            done.append(_as_dict(plan.method.name, report, meter))
+            done.append(_as_dict(plan, report, meter))
             if told:
                 _print(place, plan, report, meter, verbose)
     except KeyboardInterrupt as error:
@@ -81,6 +74,22 @@ def command(recipe, out, force, resume, verify, threads, no_check_finite, quiet,
         raise
     if as_json:
         print_json("merge/1", {"merges": done, "there_already": there})
+
+
+def _merge_adapters(recipe, out, options: dict, force: bool, told: bool, as_json: bool) -> None:
+    from ..checkpoint.adapter_recipe import merge_adapter_recipe
+
+    report = merge_adapter_recipe(recipe, out, dtype=options["out_dtype"] or options["dtype"], seed=options["seed"], force=force)
+    for warning in report.warnings if told else ():
+        click.echo(f"warning: {warning}", err=True)
+    if told:
+        click.echo(f"{out}: an adapter of {count(report.tensors // 2, 'module')}, {format_bytes(report.bytes_written)}")
+    if as_json:
+        written = {"out": str(report.out), "tensors": report.tensors, "bytes_read": report.bytes_read, "seconds": report.seconds}
+        files = [{"path": str(path), "bytes": path.stat().st_size} for path in report.files]
+        print_json(
+            "merge/1", {"merges": [], "adapter": {**written, "files": files, "warnings": list(report.warnings)}, "there_already": []}
+        )
 
 
 def _print(place: Path, plan, report, meter: Meter, verbose: bool) -> None:
@@ -97,16 +106,16 @@ def _print(place: Path, plan, report, meter: Meter, verbose: bool) -> None:
         click.echo(f"  {stage}  {size} in {seconds:.2f} s ({format_bytes(meter.rate(stage))}/s){slowest}")
 
 
-def _as_dict(method: str | None, report, meter: Meter | None) -> dict:
+def _as_dict(plan, report, meter: Meter) -> dict:
     return {
         "out": str(report.out),
-        "merge_method": method,
+        "merge_method": plan.method.name,
         "files": [{"path": str(path), "bytes": path.stat().st_size} for path in report.files],
         "tensors": report.tensors,
         "resumed_tensors": report.resumed,
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
         "seconds": report.seconds,
-        "stages": meter and {stage: {"bytes": meter.bytes[stage], "seconds": meter.seconds[stage]} for stage in STAGES},
+        "stages": {stage: {"bytes": meter.bytes[stage], "seconds": meter.seconds[stage]} for stage in STAGES},
         "warnings": list(report.warnings),
     }

@@ -58,6 +58,17 @@ def test_few_files_open(tmp_path, monkeypatch):
             assert len(checkpoint._open) <= 2
 
 
+def test_shards_may_be_symlinks(tmp_path):
+    """The Hugging Face cache stores every file as a link to a blob."""
+    repository = tmp_path / "models--org--a"
+    folder = save_model(repository / "blobs", tensors_of(0), 2)
+    snapshot = repository / "snapshots/1234"
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert len(open_checkpoint(snapshot).tensors) == 12
+
+
 OUTSIDE = ["../m2/model.safetensors", "/etc/x.safetensors", "..", "a/b.safetensors", "a\\b", "", "x.bin", "x\n.safetensors", "C:x"]
 
 

@@ -115,8 +115,8 @@ def test_every_command_has_it():
 
     for name in set(COMMANDS) - {"completion"}:
         command = importlib.import_module(f"pymerge.cli.{name}").command
-        for single in getattr(command, "commands", {name: command}).values():
-            assert any("--json" in p.opts for p in single.params), single.name
+        for one in getattr(command, "commands", {name: command}).values():
+            assert any("--json" in p.opts for p in one.params), one.name
 
 
 def test_a_real_process_prints_progress_on_stderr_alone(models):
