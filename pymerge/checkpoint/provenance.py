@@ -87,7 +87,7 @@ def _parse(content: Any, path: Path) -> Provenance:
             (str(i["model"]), tuple((str(f["name"]), int(f["bytes"]), f.get("sha256")) for f in i["files"])) for i in content["inputs"]
         )
         version, recipe = content["pymerge_version"], content["recipe"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: is not as pymerge writes it: {type(error).__name__}: {error}") from None
     if not isinstance(recipe, str):
         raise CheckpointError(f"{path}: its recipe is not text")

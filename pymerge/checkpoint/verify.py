@@ -148,16 +148,16 @@ def _inputs_differ(plan: Plan, origin: Provenance, hashes: bool) -> list[str]:
         if model not in stores:
             found.append(f"{model}: was an input, and is not one now")
             continue
-        present = {file.name: file for file in stores[model].files}
-        for name, nbytes, digest in files:
-            if name not in present:
-                found.append(f"{model}: its file {name} is not there any more")
-                continue
-            size = present[name].stat().st_size
+        before, after = [name for name, _, _ in files], [file.name for file in stores[model].files]
+        if before != after:  # in order: a model that is put together from several may have two files of one name
+            found.append(f"{model}: its files were {', '.join(before)}, and are {', '.join(after)}")
+            continue
+        for file, (_, nbytes, digest) in zip(stores[model].files, files, strict=True):
+            size = file.stat().st_size
             if size != nbytes:
-                found.append(f"{present[name]}: has {size} bytes; the file that was merged had {nbytes}")
-            elif hashes and digest is not None and (now := sha256_of(present[name])) != digest:
-                found.append(f"{present[name]}: its SHA-256 is {now}; that of the file that was merged was {digest}")
+                found.append(f"{file}: has {size} bytes; the file that was merged had {nbytes}")
+            elif hashes and digest is not None and (now := sha256_of(file)) != digest:
+                found.append(f"{file}: its SHA-256 is {now}; that of the file that was merged was {digest}")
     return found
 
 

@@ -41,7 +41,8 @@ class CheckpointWriter:
         layout: of everything that will be written.
         force: replace an existing `out`, once the new one is complete; throw away an unfinished one.
         resume: continue an unfinished one.
-        description: of what will be written, plain values for JSON. An unfinished output is continued where it is the same.
+        description: of what will be written, plain values for JSON. An unfinished output is continued where it is the same; one without
+            is thrown away.
 
     Attributes:
         done: names of the tensors that are on the disk.
@@ -118,7 +119,7 @@ class CheckpointWriter:
             if reason:
                 raise ResumeError(f"{self._partial.folder}: cannot be continued: {reason}; {START_OVER}")
         elif self.records:
-            if not self.force:
+            if self.records[0]["begun"] and not self.force:  # without a description nobody could continue it
                 raise FileExistsError(f"{self._partial.folder}: {UNFINISHED}")
             self._start_over()
         if not self.records:

@@ -19,7 +19,10 @@ SHOWN = 10
 @click.command("verify", short_help="Merge tensors of an output again and compare.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--folder", type=click.Path(path_type=Path), metavar="DIR", help="Where the recipe lay: its relative paths start there. Default: here."
+    "--folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the recipe lay: its relative paths start there. By default here, then beside OUT.",
 )
 @click.option("--sample", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Check N tensors, chosen at random.")
 @click.option("--all", "everything", is_flag=True, help="Check all tensors, and the inputs' SHA-256 where recorded.")

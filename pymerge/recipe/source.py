@@ -91,16 +91,21 @@ def _failure(label: str, line: int | None, message: str) -> RecipeError:
 
 def _parse_json(text: str, label: str) -> Any:
     def unique(pairs: list) -> dict:
-        keys = [key for key, _ in pairs]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
             raise _failure(label, None, f"key {twice!r} occurs twice in one object")
-        return dict(pairs)
+        return result
 
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise _failure(label, error.lineno, f"is not valid JSON: {error.msg}") from None
+    except RecipeError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise _failure(label, None, f"is not valid JSON: {error}") from None
 
 
 def _parse_yaml(text: str, label: str) -> list[tuple[Any, dict[Path, int]]]:

@@ -146,6 +146,19 @@ def test_replacing(tmp_path, monkeypatch, swaps):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_dead_process_without_a_description_is_no_obstacle(tmp_path):
+    layout = make_layout(OUTPUTS, 10**9, {})
+    dead = CheckpointWriter(tmp_path / "out", layout)
+    dead.__enter__()
+    dead.write("a", memoryview(bytes(24)))
+    dead.keep()
+    dead.__exit__(None, None, None)
+    assert os.listdir(tmp_path) == ["out.partial"]
+    write(tmp_path / "out", layout)
+    assert os.listdir(tmp_path) == ["out"]
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")["a"], TENSORS["a"])
+
+
 def test_slices(tmp_path):
     """A tensor may come in pieces, from several threads, in any order; it is done when all of it is there."""
     layout = make_layout(OUTPUTS, 10**9, {})
