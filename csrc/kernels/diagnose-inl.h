@@ -9,17 +9,40 @@ namespace PYMERGE_TARGET {
 
 constexpr int64_t kRun = 512;  // elements of every tensor in fp64 at a time: 4 KiB, so that a handful of models stay in the first cache
 
-typedef int64_t EightLongs __attribute__((vector_size(64)));
+// fp64 vectors as wide as the target's registers: of longer ones GCC 12 makes scalar code under AVX2.
+constexpr int kDoubles = Lanes::kLanes >= 16 ? 8 : Lanes::kLanes >= 8 ? 4 : 2;
+typedef double Doubles __attribute__((vector_size(kDoubles * 8)));
+typedef int64_t Longs __attribute__((vector_size(kDoubles * 8)));
+typedef float Floats __attribute__((vector_size(kDoubles * 4)));
+
+// By pointer: how such a vector is returned depends on the target.
+inline void LoadDoubles(const double* p, Doubles* v) { memcpy(v, p, sizeof(*v)); }
+
+inline void LoadDoubles(const float* p, Doubles* v) {
+  Floats narrow;
+  memcpy(&narrow, p, sizeof(narrow));
+  *v = __builtin_convertvector(narrow, Doubles);
+}
+
+// wide[0..n) = narrow[0..n); n is a multiple of kSumLanes.
+template <class R>
+inline void ToDoubles(const R* narrow, int64_t n, double* wide) {
+  for (int64_t i = 0; i < n; i += kDoubles) {
+    Doubles v;
+    LoadDoubles(narrow + i, &v);
+    memcpy(wide + i, &v, sizeof(v));
+  }
+}
 
 // One sum's lanes (reduce-inl.h has the order) over the rows of a run, the lanes being in memory between runs. Lane group by lane group, so
 // that the accumulator stays in a register; the groups are independent, which hides the latency of the additions.
 template <class Term>
 inline void AddRows(double* lanes, int64_t n, Term&& term) {
-  for (int j = 0; j < kSumLanes; j += 8) {
-    EightDoubles sum;
-    LoadEight(lanes + j, &sum);
+  for (int j = 0; j < kSumLanes; j += kDoubles) {
+    Doubles sum;
+    LoadDoubles(lanes + j, &sum);
     for (int64_t row = 0; row < n; row += kSumLanes) {
-      EightDoubles t;
+      Doubles t;
       term(row + j, &t);
       sum += t;
     }
@@ -27,8 +50,8 @@ inline void AddRows(double* lanes, int64_t n, Term&& term) {
   }
 }
 
-inline void Magnitude(EightDoubles* v) {
-  EightLongs bits;
+inline void Magnitude(Doubles* v) {
+  Longs bits;
   memcpy(&bits, v, sizeof(bits));
   bits &= 0x7FFFFFFFFFFFFFFF;
   memcpy(v, &bits, sizeof(bits));
@@ -94,17 +117,13 @@ void DiagnoseRun(const DiagnoseJob& job, int64_t first, int64_t n, double* lanes
   SignWords words[kRun / 64][kMaxModels];
   Widen(job.in.base, first, n, base);
   for (int64_t i = n; i < padded; ++i) base[i] = R(0);
-  ConvertEach<double>(base, padded, wide[0]);
+  ToDoubles(base, padded, wide[0]);
   for (int m = 0; m < models; ++m) {
     Widen(job.in.model[m], first, n, delta);
     for (int64_t i = n; i < padded; ++i) delta[i] = R(0);
     for (int64_t i = 0; i < padded; i += L::kLanes) L::Store(delta + i, L::Sub(L::Load(delta + i), L::Load(base + i)));
     for (int64_t i = 0; i < padded; i += 64) words[i / 64][m] = WordsOf<L>(delta + i, job.selection[m], first + i, counts + m, largest + m);
-    for (int64_t i = 0; i < padded; i += 8) {
-      EightDoubles v;
-      LoadEight(delta + i, &v);
-      memcpy(wide[m + 1] + i, &v, sizeof(v));
-    }
+    ToDoubles(delta, padded, wide[m + 1]);
   }
   for (int64_t i = 0; i < padded; i += 64) {
     for (int m = 0; m < models; ++m) counts[models + m] += __builtin_popcountll(words[i / 64][m].kept);
@@ -113,25 +132,25 @@ void DiagnoseRun(const DiagnoseJob& job, int64_t first, int64_t n, double* lanes
   for (int a = 0; a <= models; ++a) {
     for (int b = a; b <= models; ++b, lanes += kSumLanes) {
       if (a == 0 && !job.in.base.data) continue;
-      AddRows(lanes, padded, [&](int64_t i, EightDoubles* t) {
-        EightDoubles v;
-        LoadEight(wide[a] + i, t);
-        LoadEight(wide[b] + i, &v);
+      AddRows(lanes, padded, [&](int64_t i, Doubles* t) {
+        Doubles v;
+        LoadDoubles(wide[a] + i, t);
+        LoadDoubles(wide[b] + i, &v);
         *t *= v;
       });
     }
   }
   for (int m = 1; m <= models; ++m, lanes += kSumLanes) {
-    AddRows(lanes, padded, [&](int64_t i, EightDoubles* t) {
-      LoadEight(wide[m] + i, t);
+    AddRows(lanes, padded, [&](int64_t i, Doubles* t) {
+      LoadDoubles(wide[m] + i, t);
       Magnitude(t);
     });
   }
-  AddRows(lanes, padded, [&](int64_t i, EightDoubles* t) {
-    LoadEight(wide[1] + i, t);
+  AddRows(lanes, padded, [&](int64_t i, Doubles* t) {
+    LoadDoubles(wide[1] + i, t);
     for (int m = 2; m <= models; ++m) {
-      EightDoubles v;
-      LoadEight(wide[m] + i, &v);
+      Doubles v;
+      LoadDoubles(wide[m] + i, &v);
       *t += v;
     }
     Magnitude(t);
