@@ -9,7 +9,7 @@
 namespace pymerge {
 
 int DiagnoseSums(int models) { return (models + 1) * (models + 2) / 2 + models + 1; }
-int DiagnoseCounts(int models) { return 3 * models + 2 + models * (models - 1); }
+int DiagnoseCounts(int models) { return 4 * models + models * (models - 1); }
 
 void DiagnoseTensor(DiagnoseJob job, int threads, double* sums, int64_t* counts) {
   const int models = job.in.models, own_counts = DiagnoseCounts(models);

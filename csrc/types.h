@@ -106,8 +106,8 @@ struct KlJob {
 
 // Statistics of base and deltas. Sums: the dot products of (base, delta 0, delta 1, ...) with each other, upper triangle by rows; the L1 norm
 // of each delta; the sum over elements of |sum of the deltas|. Counts: non-zero deltas of each model; kept ones of each; the largest key of
-// each; elements that two models or more keep; those of them with both signs; then for each pair of models (0,1), (0,2), ... elements that
-// both keep; and for each pair, those with opposite signs.
+// each; elements that at least k models keep, k = 2, 3, ...; elements kept with both signs; then for each pair of models (0,1), (0,2), ...
+// elements that both keep; and for each pair, those with opposite signs.
 struct DiagnoseJob {
   Deltas in;
   Selection selection[kMaxModels];  // which deltas are kept; zeros never are

@@ -24,7 +24,7 @@ def count_sums(models: int) -> int:
 
 def count_counts(models: int) -> int:
     """How many counts there are of so many models."""
-    return 3 * models + 2 + models * (models - 1)
+    return 4 * models + models * (models - 1)
 
 
 def diagnose(base: Tensor | None, models: Sequence[Tensor], selection: Tensor, sums: Tensor, counts: Tensor) -> None:
@@ -38,8 +38,8 @@ def diagnose(base: Tensor | None, models: Sequence[Tensor], selection: Tensor, s
             rows; each delta's L1 norm; the sum over elements of abs(sum of the deltas). Deltas are computed in fp32 (fp64 when any input
             is), products and the sum of deltas in fp64.
         counts: int64 [count_counts(models)] on the CPU: non-zero deltas of each model; kept ones; the key (bits) of the largest magnitude
-            (the larger one stays); elements that two models or more keep; those of them with both signs; then for each pair (0, 1),
-            (0, 2), ... elements that both keep; and for each pair those with opposite signs.
+            (the larger one stays); elements that at least k models keep, k = 2, 3, ...; elements kept with both signs; then for each pair
+            (0, 1), (0, 2), ... elements that both keep; and for each pair those with opposite signs.
     """
     dtype, count, n = compute_dtype([*models, *([] if base is None else [base])]), len(models), models[0].numel()
     whole = _deltas(base, models, dtype)
@@ -61,8 +61,9 @@ def diagnose(base: Tensor | None, models: Sequence[Tensor], selection: Tensor, s
         negative = torch.stack([k & (d < 0) for k, d in zip(kept, deltas)])
         both = [kept[a] & kept[b] for a, b in pairs]
         opposite = [m & (positive[a] != positive[b]) for m, (a, b) in zip(both, pairs)]
-        together = [torch.stack(kept).sum(0) >= 2, positive.any(0) & negative.any(0)]
-        masks = [*(d != 0 for d in deltas), *kept, *together, *both, *opposite]
+        keepers = torch.stack(kept).sum(0)
+        together = [keepers >= k for k in range(2, count + 1)]
+        masks = [*(d != 0 for d in deltas), *kept, *together, positive.any(0) & negative.any(0), *both, *opposite]
         found = [int(m.sum()) for m in masks]
         largest = [int(_keys(d).max()) for d in deltas]
         found[2 * count : 2 * count] = [max(key, old) - old for key, old in zip(largest, counts[2 * count : 3 * count].tolist())]

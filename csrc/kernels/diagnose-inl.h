@@ -85,22 +85,22 @@ inline SignWords WordsOf(const typename L::Real* delta, const Selection& s, int6
 
 // Adds what one word of all models says to the counts after those of each model (types.h has their order).
 inline void CountTogether(const SignWords* word, int models, int64_t* counts) {
-  uint64_t seen = 0, twice = 0, positive = 0, negative = 0;
+  uint64_t at_least[kMaxModels + 1] = {};  // bit e of word k: k models or more keep element e
+  uint64_t positive = 0, negative = 0;
   for (int m = 0; m < models; ++m) {
-    twice |= seen & word[m].kept;
-    seen |= word[m].kept;
+    for (int k = m + 1; k > 1; --k) at_least[k] |= at_least[k - 1] & word[m].kept;
+    at_least[1] |= word[m].kept;
     positive |= word[m].kept & ~word[m].negative;
     negative |= word[m].kept & word[m].negative;
   }
-  int64_t* both = counts + 2;
-  int64_t* opposite = both + models * (models - 1) / 2;
-  counts[0] += __builtin_popcountll(twice);
-  counts[1] += __builtin_popcountll(positive & negative);
-  if (!twice) return;
+  if (models < 2 || !at_least[2]) return;
+  for (int k = 2; k <= models; ++k) *counts++ += __builtin_popcountll(at_least[k]);
+  *counts++ += __builtin_popcountll(positive & negative);
+  int64_t* opposite = counts + models * (models - 1) / 2;
   for (int a = 0; a < models; ++a) {
     for (int b = a + 1; b < models; ++b) {
       const uint64_t shared = word[a].kept & word[b].kept;
-      *both++ += __builtin_popcountll(shared);
+      *counts++ += __builtin_popcountll(shared);
       *opposite++ += __builtin_popcountll(shared & (word[a].negative ^ word[b].negative));
     }
   }
