@@ -78,7 +78,9 @@ class WeightDrift:
     def to_text(self) -> str:
         """In words, with the tensors that moved most."""
         t = self.total
-        lines = [f"moved by {t.relative:.3%} of the base's norm ({t.norm:.4g}); {t.changed:.1%} of the elements changed; cosine {t.cosine:.6f}"]
+        lines = [
+            f"moved by {t.relative:.3%} of the base's norm ({t.norm:.4g}); {t.changed:.1%} of the elements changed; cosine {t.cosine:.6f}"
+        ]
         lines += [f"  {d.relative:10.3%}  {name or 'the tensor'}" for name, d in self.top()]
         lines += [f"  not compared: {reason}" for reason in self.skipped]
         return "\n".join(lines) + "\n"

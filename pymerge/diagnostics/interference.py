@@ -111,6 +111,7 @@ class InterferenceReport:
         total: all tensors as one vector.
         tensors: by name; empty with ``per_tensor=False``.
         statistics: the sums and counts by tensor.
+        shapes: by tensor.
         skipped: tensors that could not be compared, and why.
     """
 
@@ -120,6 +121,7 @@ class InterferenceReport:
     total: Interference
     tensors: Mapping[str, Interference]
     statistics: Mapping[str, Statistics]
+    shapes: Mapping[str, tuple[int, ...]]
     skipped: tuple[str, ...] = ()
 
     def drift(self, i: int) -> Drift:
@@ -223,6 +225,7 @@ def interference_report(
         total=Interference.of(pool(found.values(), len(models))),
         tensors=tensors,
         statistics=found,
+        shapes={name: models[0].shapes[name] for name in found},
         skipped=common.problems,
     )
 

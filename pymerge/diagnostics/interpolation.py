@@ -162,9 +162,7 @@ def barrier_matrix(models: Any, evaluate: Callable[[Any], float], *, alphas: int
     names, given = zip(*named(models).items())
     if len(given) < 2:
         raise ValueError("one model has no barrier; pass at least two")
-    curves = {
-        (i, j): interpolate_eval(given[i], given[j], evaluate, alphas) for i in range(len(given)) for j in range(i + 1, len(given))
-    }
+    curves = {(i, j): interpolate_eval(given[i], given[j], evaluate, alphas) for i in range(len(given)) for j in range(i + 1, len(given))}
     losses = (*(curves[i, len(given) - 1].losses[0] for i in range(len(given) - 1)), curves[0, len(given) - 1].losses[-1])
     centre = float(evaluate(model_soup(list(given))))
     return BarrierMatrix(names, curves, losses, centre - sum(losses) / len(losses))

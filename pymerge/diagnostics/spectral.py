@@ -34,7 +34,8 @@ class Spectral:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            key: [x if math.isfinite(x) else None for x in value] if isinstance(value, tuple) else value for key, value in vars(self).items()
+            key: [x if math.isfinite(x) else None for x in value] if isinstance(value, tuple) else value
+            for key, value in vars(self).items()
         }
 
 
