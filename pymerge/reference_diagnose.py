@@ -1,4 +1,4 @@
-"""The oracle of the diagnostics' reduction: how the deltas of several models relate, in plain torch (docs/arithmetic.md, "Whole-tensor sums").
+"""The oracle of the diagnostics' reduction: how the deltas of several models relate, in plain torch.
 
 Sums are those of pieces of 2**18 elements, each by :func:`pymerge.reference.tree_sum`, added in order.
 """

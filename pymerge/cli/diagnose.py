@@ -40,9 +40,22 @@ def command(recipe, trim, plot, threads, as_json) -> int:
             import matplotlib  # noqa: F401 - before the models are read
         except ModuleNotFoundError as error:
             raise click.UsageError(f'{error.name} is not installed: pip install "pymerge-kernels[report]"') from None
+    from ..checkpoint.format import CheckpointError
+    from ..checkpoint.plan import make_plan
     from ..diagnostics.premises import diagnose_merge
+    from ..finite import NonFiniteError
 
-    diagnosis = diagnose_merge(recipe, trim=trim, threads=threads)
+    with make_plan(recipe) as plan:
+        for warning in plan.warnings:
+            click.echo(f"warning: {warning}", err=True)
+        try:
+            diagnosis = diagnose_merge(plan, trim=trim, threads=threads)
+        except NonFiniteError as error:
+            raise click.ClickException(str(error)) from None
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
     if plot:
         diagnosis.report.plot().savefig(plot, dpi=150)
     click.echo(json.dumps(diagnosis.to_dict(), indent=1) if as_json else printable(diagnosis.to_text()), nl=as_json)

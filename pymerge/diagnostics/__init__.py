@@ -1,5 +1,5 @@
-"""Before a merge: do the models belong together, how far have they moved, do they get in each other's way? And with data at hand: is the way
-between them level, how far have the predictions moved? docs/diagnostics.md has the formulas in one table.
+"""Before a merge: do models belong together, how far have they moved, do they get in each other's way? And with data: is the way between
+them level, how far have the predictions moved? docs/diagnostics.md has the formulas in one table.
 """
 
 from .behaviour import GradientConflict, composition_error, gradient_conflict, kl_drift

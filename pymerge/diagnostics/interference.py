@@ -16,7 +16,7 @@ from .statistics import Statistics, pool
 __all__ = ["CORRELATED", "DOMINANT", "Interference", "InterferenceReport", "interference_report"]
 
 CORRELATED = 0.2
-"""Cosine of two task vectors from which they count as correlated. A heuristic: unrelated tasks are nearly orthogonal (Ilharco et al. 2023)."""
+"""Cosine of two task vectors from which they count as correlated. Heuristic: unrelated tasks are nearly orthogonal (Ilharco et al. 2023)."""
 
 DOMINANT = 3.0
 """Ratio of the longest to the shortest task vector from which one dominates. A heuristic."""
@@ -163,7 +163,7 @@ class InterferenceReport:
         if count > 1:
             lines += [
                 f"signs differ at {t.sign_conflict:.1%} of the elements that two or more keep; chance gives {t.expected_conflict:.1%}",
-                f"agreement mass {t.agreement_mass:.3f}; unrelated models of equal size give {1 / math.sqrt(count):.3f}, 1 is no cancellation",
+                f"agreement mass {t.agreement_mass:.3f}; chance gives {1 / math.sqrt(count):.3f}, 1 is no cancellation",
                 f"||sum|| / sqrt(sum of squares) {t.sum_ratio:.3f}; 1 is orthogonal, {math.sqrt(count):.3f} all the same",
                 f"longest by shortest task vector {t.imbalance:.2f}",
             ]

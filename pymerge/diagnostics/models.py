@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import dtypes
+from ..checkpoint.format import TensorInfo
 from ..checkpoint.reader import Checkpoint, open_checkpoint
+from ..checkpoint.store import TensorStore
 from ..tree import Source
 
-__all__ = ["Common", "Model", "common_tensors", "named", "open_model"]
+__all__ = ["Common", "Model", "common_tensors", "named", "open_model", "stored_model"]
 
 
 @dataclass
@@ -30,13 +32,14 @@ class Model:
     label: str
     shapes: dict[str, tuple[int, ...]]
     tied: frozenset[str]
-    _checkpoint: Checkpoint | None = None
+    _store: TensorStore | None = None
+    _infos: Mapping[str, TensorInfo] = field(default_factory=dict)
     _source: Source | None = None
 
     def dtype(self, name: str) -> torch.dtype:
         """Storage dtype."""
-        if self._checkpoint is not None:
-            return dtypes.torch_dtype(self._checkpoint.tensors[name].dtype)
+        if self._store is not None:
+            return dtypes.torch_dtype(self._infos[name].dtype)
         return self._source[name].dtype
 
     def tensor(self, name: str) -> Tensor:
@@ -45,25 +48,25 @@ class Model:
 
     def part(self, name: str, start: int, count: int, buffer: bytearray | None = None) -> Tensor:
         """`count` elements from element `start` on, flat; those of a file are read into `buffer`, which is made if there is none."""
-        if self._checkpoint is None:
+        if self._store is None:
             return self._source[name].reshape(-1)[start : start + count]
-        info, dtype = self._checkpoint.tensors[name], self.dtype(name)
+        info, dtype = self._infos[name], self.dtype(name)
         if count == 0:
             return torch.empty(0, dtype=dtype)
         buffer = bytearray(count * dtype.itemsize) if buffer is None else buffer
         view = memoryview(buffer)[: count * dtype.itemsize]
-        self._checkpoint.read_into(info, view, start * dtype.itemsize)
+        self._store.read_into(info, view, start * dtype.itemsize)
         return torch.frombuffer(view, dtype=dtype)
 
     @property
     def in_memory(self) -> bool:
         """Whether reading it costs nothing."""
-        return self._checkpoint is None
+        return self._store is None
 
     def close(self) -> None:
         """Close its files, if any."""
-        if self._checkpoint is not None:
-            self._checkpoint.close()
+        if self._store is not None:
+            self._store.close()
 
 
 def open_model(model: Any, label: str) -> Model:
@@ -78,8 +81,7 @@ def open_model(model: Any, label: str) -> Model:
     if isinstance(model, (str, os.PathLike)):
         model = open_checkpoint(model)
     if isinstance(model, Checkpoint):
-        shapes = {name: info.shape for name, info in model.tensors.items() if dtypes.is_merged(info.dtype)}
-        return Model(label, shapes, frozenset(), _checkpoint=model)
+        return stored_model(model, model.tensors, label)
     source = Source(model, label)
     facts, first = source.survey()
     for name, fact in facts.items():
@@ -87,6 +89,12 @@ def open_model(model: Any, label: str) -> Model:
             raise TypeError(f"{label}: {name!r} {fact.trouble}")
     shapes = {name: fact.shape for name, fact in facts.items() if fact.dtype.is_floating_point}
     return Model(label, shapes, frozenset(n for n in shapes if first[n] != n), _source=source)
+
+
+def stored_model(store: TensorStore, infos: Mapping[str, TensorInfo], label: str) -> Model:
+    """The given tensors of a store, under any names, as one model."""
+    infos = {name: info for name, info in infos.items() if dtypes.is_merged(info.dtype)}
+    return Model(label, {name: info.shape for name, info in infos.items()}, frozenset(), _store=store, _infos=infos)
 
 
 def named(models: Any) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checkpoint.plan import Plan, make_plan
 from .interference import CORRELATED, DOMINANT, InterferenceReport, interference_report
-from .models import open_model
+from .models import Model, stored_model
 from .shared_base import Kinship, judge_pair, matmul_weights
 
 __all__ = ["FINE", "Finding", "MergeDiagnosis", "diagnose_merge"]
@@ -102,30 +102,47 @@ def diagnose_merge(
         trim, threads, progress: as :func:`interference_report` has them.
 
     Raises:
+        ValueError: no tensor is merged from two models or more.
         RecipeError: the recipe, or the headers of its models, do not allow the merge.
         CheckpointError, NonFiniteError: a model cannot be read.
     """
     if not isinstance(recipe, Plan):
         with make_plan(recipe) as plan:
             return diagnose_merge(plan, trim=trim, threads=threads, progress=progress)
-    plan = recipe
-    indices = [index for index, _ in plan.tensors[0].inputs]
-    names = [n if plan.names.count(n) == 1 else f"{n} ({i})" for i, n in enumerate(plan.names)]
-    models = {name: open_model(plan.checkpoints[index], name) for name, index in zip(names, indices)}
-    base = models.pop(names[0]) if plan.has_base and len(models) > 1 else None
+    base, models, left_out = _models(recipe)
     report = interference_report(base, models, trim=trim, threads=threads, progress=progress)
-    kinships = _kinships(report, base is not None, names[0])
+    if left_out:
+        report = replace(report, skipped=(*report.skipped, f"{left_out} tensors that come from other models than most do"))
+    kinships = _kinships(report, base.label if base is not None else None)
     findings = [_shared_base(kinships), *(_task_vectors(report) if base is not None else ())]
-    return MergeDiagnosis(tuple(findings), kinships, report, plan.method.name, base is not None)
+    return MergeDiagnosis(tuple(findings), kinships, report, recipe.method.name, base is not None)
 
 
-def _kinships(report: InterferenceReport, has_base: bool, base: str) -> tuple[Kinship, ...]:
+def _models(plan: Plan) -> tuple[Model | None, dict[str, Model], int]:
+    """The base, if deltas are taken from it, the models by name, and how many tensors they do not have: a recipe with slices or modules may
+    take tensors from different models, and the models that most elements come from are compared."""
+    groups: dict[tuple, list] = {}
+    for tensor in plan.tensors:
+        if not tensor.copied and len(tensor.inputs) > 1:
+            groups.setdefault((tensor.has_base, tuple(index for index, _ in tensor.inputs)), []).append(tensor)
+    if not groups:
+        raise ValueError("the recipe takes every tensor from one model; there is nothing to compare")
+    (has_base, indices), tensors = max(groups.items(), key=lambda item: sum(t.inputs[0][1].numel for t in item[1]))
+    found: dict[str, Model] = {}
+    for position, index in enumerate(indices):
+        name = plan.names[index] if plan.names[index] not in found else f"{plan.names[index]} (input {position})"
+        found[name] = stored_model(plan.checkpoints[index], {t.output.name: t.inputs[position][1] for t in tensors}, name)
+    base = found.pop(next(iter(found))) if has_base else None
+    return base, found, sum(not t.copied for t in plan.tensors) - len(tensors)
+
+
+def _kinships(report: InterferenceReport, base: str | None) -> tuple[Kinship, ...]:
     """From the same read: with a base, each model with it, else each two models."""
     found = report.statistics
     shapes = {name: report.shapes[name] for name in found}
     matrices = matmul_weights(shapes, found)
     every = range(len(report.models))
-    if has_base:
+    if base is not None:
         return tuple(
             judge_pair(
                 report.models[i],
