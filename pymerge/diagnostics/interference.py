@@ -16,7 +16,7 @@ from .statistics import Statistics, pool
 __all__ = ["CORRELATED", "DOMINANT", "Interference", "InterferenceReport", "interference_report"]
 
 CORRELATED = 0.2
-"""Cosine of two task vectors from which they count as correlated. Heuristic: unrelated tasks are nearly orthogonal (Ilharco et al. 2023)."""
+"""Cosine from which two task vectors count as correlated: a heuristic. Unrelated tasks are nearly orthogonal (Ilharco et al. 2023)."""
 
 DOMINANT = 3.0
 """Ratio of the longest to the shortest task vector from which one dominates. A heuristic."""

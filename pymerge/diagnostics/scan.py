@@ -20,7 +20,7 @@ from .statistics import Statistics, pool
 __all__ = ["scan"]
 
 SAMPLE_RUNS, SAMPLE_RUN = 16, 2048
-"""What is read beforehand of a large tensor in a file, to estimate the trimming threshold: so many runs, evenly spread, of so many elements."""
+"""What is read beforehand of a large tensor in a file, to estimate the trimming threshold: evenly spread runs, and their length."""
 
 
 def scan(
