@@ -16,7 +16,7 @@ from .text import print_json, printable
 
 __all__ = ["Terminated", "main"]
 
-COMMANDS = ("merge", "plan", "inspect", "diff", "verify", "lora", "methods", "report", "bench", "env", "completion")
+COMMANDS = ("merge", "plan", "diagnose", "inspect", "diff", "verify", "lora", "methods", "report", "bench", "env", "completion")
 
 HELP = """Merge the weights of neural networks that share a base: checkpoint files in, a checkpoint file out.
 
