@@ -62,9 +62,8 @@ def table(runs: Runs, digits: int = 3) -> str:
 def expectations_table(expectations: Sequence[Expectation], digits: int = 3) -> str:
     lines = ["| expected | seen | difference | seeds |", "|---|---|--:|--:|"]
     for row in (e.seen() for e in expectations):
-        lines.append(
-            f"| {row['expected']} | {row['seen']} | {row['difference']:+.{digits}f} ± {row['sd']:.{digits}f} | {row['seeds']} of {row['of']} |"
-        )
+        difference = f"{row['difference']:+.{digits}f} ± {row['sd']:.{digits}f}"
+        lines.append(f"| {row['expected']} | {row['seen']} | {difference} | {row['seeds']} of {row['of']} |")
     return "\n".join(lines)
 
 
@@ -118,8 +117,8 @@ class Experiment:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / f"{self.name}.md").write_text(text + "\n")
         found = {
-            "experiment": self.name, "title": self.title, "seeds": self.seeds, "quick": self.quick, "settings": dict(settings), "runs": runs,
-            "expectations": [e.seen() for e in expectations], "notes": list(notes), **data,
+            "experiment": self.name, "title": self.title, "seeds": self.seeds, "quick": self.quick, "settings": dict(settings),
+            "runs": runs, "expectations": [e.seen() for e in expectations], "notes": list(notes), **data,
         }  # fmt: skip
         (self.out / f"{self.name}.json").write_text(json.dumps(_rounded(found), indent=1) + "\n")
         figure.savefig(self.out / f"{self.name}.png", dpi=90)
