@@ -17,8 +17,8 @@ CONTEXT, IGNORE = 64, -100
 MODULES = (
     "argparse ast bdb cmd codecs configparser contextlib csv datetime difflib dis doctest enum fractions ftplib functools glob gzip heapq "
     "imaplib inspect ipaddress locale mailbox nntplib ntpath optparse pathlib pdb pickle pickletools platform plistlib poplib posixpath "
-    "pprint profile pstats pydoc random sched selectors shelve shutil smtplib socket ssl statistics string subprocess tarfile tempfile textwrap "
-    "threading timeit trace traceback turtle typing unittest/case unittest/mock uuid warnings weakref webbrowser zipfile"
+    "pprint profile pstats pydoc random sched selectors shelve shutil smtplib socket ssl statistics string subprocess tarfile tempfile "
+    "textwrap threading timeit trace traceback turtle typing unittest/case unittest/mock uuid warnings weakref webbrowser zipfile"
 )
 
 
