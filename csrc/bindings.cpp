@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "diagnose.h"
 #include "dispatch.h"
 #include "kl.h"
 #include "merge.h"
@@ -153,6 +154,17 @@ void PyKlBackward(int64_t rows, int64_t vocab, const TensorArg& student, const T
   KlBackwardRows(job, threads);
 }
 
+// selection: a (key, cut) per model. sums, counts: addresses of DiagnoseSums fp64 and DiagnoseCounts int64 numbers, which are added to.
+void PyDiagnose(int64_t n, bool f64, const TensorArg& base, const std::vector<TensorArg>& models,
+                const std::vector<std::tuple<int64_t, int64_t>>& selection, uintptr_t sums, uintptr_t counts, int threads) {
+  DiagnoseJob job;
+  job.in = ToDeltas(n, f64, base, models);
+  if (selection.size() != models.size()) throw std::invalid_argument("selection: one row per model");
+  for (size_t m = 0; m < selection.size(); ++m) job.selection[m] = {std::get<0>(selection[m]), std::get<1>(selection[m])};
+  py::gil_scoped_release release;
+  DiagnoseTensor(job, threads, reinterpret_cast<double*>(sums), reinterpret_cast<int64_t*>(counts));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -164,6 +176,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("dots", &PyDots, py::call_guard<py::gil_scoped_release>());
   m.def("kl_forward", &PyKlForward);
   m.def("kl_backward", &PyKlBackward);
+  m.def("diagnose", &PyDiagnose);
   m.def("available_isas", &AvailableTargets);
   m.def("current_isa", [] { return std::string(CurrentKernels().name); });
   m.def("use_isa", &SelectTarget);

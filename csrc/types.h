@@ -104,6 +104,16 @@ struct KlJob {
   Output out;                     // backward: may be the logits that the gradient belongs to
 };
 
+// Statistics of base and deltas. Sums: the dot products of (base, delta 0, delta 1, ...) with each other, upper triangle by rows; the L1 norm
+// of each delta; the sum over elements of |sum of the deltas|. Counts: non-zero deltas of each model; kept ones of each; the largest key of
+// each; elements that at least k models keep, k = 2, 3, ...; elements kept with both signs; then for each pair of models (0,1), (0,2), ...
+// elements that both keep; and for each pair, those with opposite signs.
+struct DiagnoseJob {
+  Deltas in;
+  Selection selection[kMaxModels];  // which deltas are kept; zeros never are
+  int sums = 0;                     // how many
+};
+
 // Entry points of one target. Ranges [begin, end) are element indices, unless rows; begin is a multiple of kChunk.
 struct Kernels {
   const char* name;
@@ -124,6 +134,8 @@ struct Kernels {
   // Divergences, or their gradients, of rows [begin, end).
   void (*kl_forward)(const KlJob&, int64_t begin, int64_t end);
   void (*kl_backward)(const KlJob&, int64_t begin, int64_t end);
+  // Adds a range's sums and counts to those given; begin is a multiple of kSumBlock. `lanes`: scratch, 64 for each sum.
+  void (*diagnose)(const DiagnoseJob&, int64_t begin, int64_t end, double* lanes, double* sums, int64_t* counts);
 };
 
 }  // namespace pymerge

@@ -1,6 +1,7 @@
 // The kernels of the target that includes this file.
 #pragma once
 
+#include "kernels/diagnose-inl.h"
 #include "kernels/kl-inl.h"
 #include "kernels/lerp-inl.h"
 #include "kernels/merge-inl.h"
@@ -11,7 +12,7 @@ namespace pymerge {
 namespace PYMERGE_TARGET {
 
 inline constexpr Kernels MakeTable(const char* name) {
-  return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp, KlForward, KlBackward};
+  return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp, KlForward, KlBackward, Diagnose};
 }
 
 }  // namespace PYMERGE_TARGET

@@ -94,6 +94,7 @@ struct Lanes {
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return Equal(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit), bit);
   }
+  static uint64_t Bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
   static int Count(Mask m) { return _mm_popcnt_u32(static_cast<uint32_t>(_mm256_movemask_ps(m))); }
   static void StoreKeys(Key* p, Keys k) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), k); }
   static int Compress(Key* p, Mask m, Keys k) {

@@ -65,6 +65,7 @@ struct Lanes {
   static Vec Blend(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no, yes); }
   static Vec AddIf(Mask m, Vec sum, Vec v) { return _mm512_mask_add_ps(sum, m, sum, v); }
   static Mask FromBits(uint64_t bits) { return static_cast<Mask>(bits); }
+  static uint64_t Bits(Mask m) { return m; }
   static int Count(Mask m) { return _mm_popcnt_u32(m); }
   static void StoreKeys(Key* p, Keys k) { _mm512_storeu_si512(p, k); }
   static int Compress(Key* p, Mask m, Keys k) {

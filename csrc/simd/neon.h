@@ -71,6 +71,10 @@ struct Lanes {
     const uint32x4_t bit = vld1q_u32(each);
     return vceqq_u32(vandq_u32(vdupq_n_u32(static_cast<uint32_t>(bits)), bit), bit);
   }
+  static uint64_t Bits(Mask m) {
+    const uint32_t each[4] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(m, vld1q_u32(each)));
+  }
   static int Count(Mask m) { return static_cast<int>(vaddvq_u32(vshrq_n_u32(m, 31))); }
   static void StoreKeys(Key* p, Keys k) { vst1q_s32(p, k); }
   static int Compress(Key* p, Mask m, Keys k) {

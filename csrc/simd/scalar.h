@@ -148,6 +148,7 @@ struct ScalarLanes {
   static Vec Blend(Mask m, Vec yes, Vec no) { return m ? yes : no; }
   static Vec AddIf(Mask m, Vec sum, Vec v) { return m ? sum + v : sum; }
   static Mask FromBits(uint64_t bits) { return bits & 1; }
+  static uint64_t Bits(Mask m) { return m; }
   static int Count(Mask m) { return m; }
   static void StoreKeys(Key* p, Keys k) { *p = k; }
   // Stores the keys under the mask side by side; may write kLanes keys. Returns how many.

@@ -17,9 +17,11 @@ from .. import ops
 from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
 from . import dtypes
+from .adapter_recipe import is_adapter_recipe, merge_adapter_recipe
 from .extras import config_with_dtype, files_to_copy, model_card, read_small
-from .pipeline import run
-from .plan import Plan, TensorPlan, make_plan
+from .many import plan_merges
+from .pipeline import Starts, run
+from .plan import Plan, TensorPlan
 from .settings import is_built_in
 from .sizes import parse_bytes
 from .writer import CheckpointWriter, is_file_target
@@ -68,11 +70,15 @@ def merge(
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
     seed: int | None = None,
+    download: bool = False,
 ) -> MergeReport:
     """Merge checkpoints on disk as a recipe says, tensor by tensor.
 
     Memory stays near the largest tensor of each model, counted once, plus at most 200 MB on the way, whatever the size of the models.
+    When all models are LoRA adapters, the result is an adapter, see :func:`pymerge.merge_adapters`.
+
     The result appears at `out` complete or not at all. The same recipe and models give the same bytes, for any number of threads.
+    A file with several recipes is merged into folders of their names in `out`; what is there already is not merged again.
 
     Args:
         recipe: a YAML or JSON file in mergekit's format, or a mapping of the same form. Relative paths of models are looked up in the
@@ -85,6 +91,10 @@ def merge(
         progress: called as ``progress(bytes_done, bytes_total)`` while merging.
         threads: that compute (by default torch's number) and that read files (by default one per CPU, at most 4).
         seed: overrides the recipe's, for methods that drop at random.
+        download: fetch models that the recipe names by hub id and that are not in the Hugging Face cache.
+
+    Returns:
+        What was done; for several recipes, for the last of them.
 
     Raises:
         RecipeError: the recipe, the models' headers or `out` do not allow the merge; lists everything that is wrong. No tensor was read.
@@ -93,11 +103,17 @@ def merge(
         MergeError: the method failed, a result overflowed, or integer tensors differ.
         OSError: writing failed.
     """
-    plan = make_plan(
-        recipe, out, shard_size=parse_bytes(shard_size), force=force, dtype=_text(dtype), out_dtype=_text(out_dtype), seed=seed
-    )
-    with plan:
-        return run_plan(plan, out, force=force, check_finite=check_finite, progress=progress, threads=threads)
+    if is_adapter_recipe(recipe):
+        return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force)
+    options = {"shard_size": parse_bytes(shard_size), "dtype": _text(dtype), "out_dtype": _text(out_dtype), "seed": seed}
+    report = None
+    for place, plan in plan_merges(recipe, out, force=force, download=download, **options):
+        if plan is None:
+            report = MergeReport(place, tuple(sorted(place.iterdir())), 0, 0, 0, 0.0, ())
+            continue
+        with plan:
+            report = run_plan(plan, place, force=force, check_finite=check_finite, progress=progress, threads=threads)
+    return report
 
 
 def _text(dtype: str | torch.dtype | None) -> str | None:
@@ -159,10 +175,14 @@ def _compute_threads(count: int | None):
 
 def _extra_files(plan: Plan, title: str) -> dict[str, bytes]:
     content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
+    if plan.alignment is not None:
+        content = plan.alignment.replace(content)
+    plan.changes.apply(content)
     if "config.json" in content:
         content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))
-    models = plan.names[1:] if plan.has_base else plan.names
-    content["README.md"] = model_card(plan.recipe, title, models, plan.recipe.base_model, "config.json" in content).encode()
+    models = [name for i, name in enumerate(plan.names) if i not in plan.bases]
+    base = str(plan.recipe.base_model) if plan.recipe.base_model else None
+    content["README.md"] = model_card(plan.recipe, title, models, base, "config.json" in content).encode()
     return content
 
 
@@ -184,11 +204,11 @@ class _TensorMerger:
         # Our own methods compute in fp32 whatever the storage, so widening to fp32 first would only take memory. Others may not.
         self._widens = is_built_in(plan.method)
 
-    def merge(self, tensor: TensorPlan, source: memoryview, starts: dict[int, int], target: memoryview, position: int) -> None:
+    def merge(self, tensor: TensorPlan, source: memoryview, starts: Starts, target: memoryview, position: int) -> None:
         """See :func:`pymerge.checkpoint.pipeline.run`."""
         output = tensor.output
         out = _bytes(target, position, output.nbytes)
-        pieces = [_bytes(source, starts[index], info.nbytes) for index, info in tensor.inputs]
+        pieces = [_bytes(source, starts[index, info.name], info.nbytes) for index, info in tensor.inputs]
         if tensor.copied:
             self._copy(tensor, pieces, out)
             return
@@ -197,7 +217,7 @@ class _TensorMerger:
         ]
         result = out.view(dtypes.torch_dtype(output.dtype)).view(output.shape)
         inputs = [self._cast(x) for x in inputs]
-        base, models = (inputs[0], inputs[1:]) if self._plan.has_base else (None, inputs)
+        base, models = (inputs[0], inputs[1:]) if tensor.has_base else (None, inputs)
         with self._explained(tensor):
             got = self._plan.method.tensor(
                 base, models, name=output.name, dtype=result.dtype, out=result, check_finite=self._check_finite, **tensor.parameters
@@ -220,10 +240,10 @@ class _TensorMerger:
     def _copy(self, tensor: TensorPlan, pieces: list[Tensor], out: Tensor) -> None:
         for i, piece in enumerate(pieces[1:], 1):
             if not torch.equal(pieces[0], piece):
-                names = self._plan.names
+                first, other = (self._plan.names[tensor.inputs[k][0]] for k in (0, i))
                 raise MergeError(
                     f"{tensor.output.name!r} is of dtype {tensor.output.dtype}, which cannot be merged, "
-                    f"and differs between {names[0]} and {names[i]}"
+                    f"and differs between {first} and {other}"
                 )
         out.copy_(pieces[0])
 
@@ -243,7 +263,7 @@ class _TensorMerger:
         match = re.match(r"(?:(base)|model (\d+)): ", message)
         if not match:
             return message
-        which = 0 if match.group(1) else int(match.group(2)) + self._plan.has_base
+        which = 0 if match.group(1) else int(match.group(2)) + tensor.has_base
         index, info = tensor.inputs[which]
         code = self._plan.recipe.dtype
         cast = f" (after the recipe's dtype turned it from {info.dtype} into {code})" if code not in (None, info.dtype) else ""

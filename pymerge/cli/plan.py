@@ -23,14 +23,15 @@ WORKSPACE = 350_000_000
 @merge_options
 @click.option("-t", "--tensors", is_flag=True, help="List every tensor with its parameters.")
 @as_json
-def command(recipe, out, shard_size, dtype, out_dtype, seed, force, tensors, as_json) -> None:
+def command(recipe, out, shard_size, dtype, out_dtype, seed, download, force, tensors, as_json) -> None:
     """Check RECIPE against the models it names, and OUT if given; show what would be read, merged and written, and the memory it takes.
 
     Reads headers only and writes nothing. Exits with 2 and lists every problem when the merge could not be done.
     """
     from ..checkpoint.plan import make_plan
 
-    with make_plan(recipe, out, shard_size=shard_size, force=force, dtype=dtype, out_dtype=out_dtype, seed=seed) as plan:
+    options = {"shard_size": shard_size, "force": force, "dtype": dtype, "out_dtype": out_dtype, "seed": seed, "download": download}
+    with make_plan(recipe, out, **options) as plan:
         if as_json:
             click.echo(json.dumps(_as_dict(plan, tensors), indent=2))
         else:
@@ -63,9 +64,7 @@ def _as_dict(plan, tensors: bool) -> dict:
 
 
 def _inputs(plan) -> list[tuple[str, str, int]]:
-    indices = [index for index, _ in plan.tensors[0].inputs] if plan.tensors else []
-    roles = ["base" if i == 0 and plan.has_base else "model" for i in range(len(indices))]
-    return list(zip(plan.names, roles, indices, strict=True))
+    return [(name, "base" if index in plan.bases else "model", index) for index, name in enumerate(plan.names)]
 
 
 def _print(plan, tensors: bool) -> None:
@@ -74,7 +73,7 @@ def _print(plan, tensors: bool) -> None:
     click.echo(f"method   {plan.method.name}: {plan.method.summary}")
     for name, role, index in _inputs(plan):
         checkpoint = plan.checkpoints[index]
-        files = f"{len(checkpoint.headers)} file{'s' if len(checkpoint.headers) > 1 else ''}"
+        files = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) > 1 else ''}"
         click.echo(f"{role:<8} {name}  ({len(checkpoint.tensors)} tensors, {format_bytes(checkpoint.nbytes)} in {files})")
     copied = sum(t.copied for t in plan.tensors)
     click.echo(f"merge    {len(plan.tensors) - copied} tensors" + (f", copy {copied} that are not floating point" if copied else ""))
