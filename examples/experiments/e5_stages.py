@@ -127,21 +127,21 @@ def one_seed(seed: int, s: dict, prose: list[bytes], folder) -> tuple[dict, dict
     sft = fit(copy.deepcopy(base), shown, s["lr"])
     short = dpo(sft, s, rng)
     stages = {"base": base, "SFT": sft, "DPO": short, **{arm: reinforce(short, sft, s, seed, **on) for arm, on in RL.items()}}
-    found, verdicts = {}, {}
+    found, verdicts, items = {}, {}, {}
     for name, model in stages.items():
         answers = generate(model, asked)
+        items[name] = {"format": list(map(valid, asked, answers))}
         found[name] = {
-            "format": statistics.fmean(map(valid, asked, answers)), "length": statistics.fmean(len(a) - PROMPT for a in answers),
+            "format": statistics.fmean(items[name]["format"]), "length": statistics.fmean(len(a) - PROMPT for a in answers),
             "prose loss": nats(model, held),
         }  # fmt: skip
     for arm in RL:  # one record per kind of last stage
         path = folder / f"{seed}-{arm.replace(' ', '')}.jsonl"
         path.unlink(missing_ok=True)
-        probes = {"format": lambda model: map(valid, asked, generate(model, asked))}
-        monitor = StageMonitor(path, probes, RegressionGate(margin=0.05), introduced={"format": "SFT"})
+        monitor = StageMonitor(path, gate=RegressionGate(margin=0.05), introduced={"format": "SFT"})
         verdicts[arm] = {}
         for name in ("base", "SFT", "DPO", arm):
-            report = monitor.record(name, stages[name])
+            report = monitor.record(name, scores=items[name])
             if report is not None:
                 verdicts[arm][name] = report.outcome
     return found, verdicts
