@@ -19,6 +19,7 @@ from scipy.stats import spearmanr
 from tiny_lm import TinyLM, fit, nats, pack, read_stdlib
 
 import pymerge
+from pymerge.diagnostics import kl_drift
 from pymerge.losses import KLRegularizer
 from pymerge.replay import ReplayMixer
 
@@ -38,11 +39,9 @@ def in_batches(mixer: ReplayMixer, size: int):
     return ([mixer[i] for i in range(start, min(start + size, len(mixer)))] for start in range(0, len(mixer), size))
 
 
-@torch.no_grad()
 def drift(base: TinyLM, model: TinyLM, samples) -> float:
-    """KL(base || model) in nats per byte."""
     ids, labels = pack(samples)
-    return pymerge.kl_divergence(model(ids), base(ids), direction="forward", labels=labels).item()
+    return kl_drift(model, base, [{"ids": ids, "labels": labels}])
 
 
 def one_seed(seed: int, s: dict, prose: list[bytes], code: list[bytes]) -> tuple[dict, dict]:
