@@ -16,7 +16,7 @@ from torch import Tensor
 from .reference import compute_dtype
 from .spec import MergeSpec, tensor_id
 
-__all__ = ["available_isas", "current_isa", "dots", "lerp", "merge", "select", "use_isa", "vote_balance"]
+__all__ = ["add_low_rank", "available_isas", "current_isa", "dots", "lerp", "merge", "select", "use_isa", "vote_balance"]
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _SPARSIFY = {"none": 0, "magnitude": 1, "bernoulli": 2, "band": 3}
@@ -152,3 +152,9 @@ def lerp(a: Tensor, b: Tensor, alpha: float, out: Tensor) -> bool:
 def dots(a: Tensor, b: Tensor) -> Tensor:
     """See :func:`pymerge.reference.dots`."""
     return torch.tensor(_core.dots(a.numel(), _wide([a, b]), _arg(a), _arg(b), torch.get_num_threads()), dtype=torch.float64)
+
+
+def add_low_rank(x: Tensor, first: int, left: Tensor, right: Tensor, scale: float) -> None:
+    """See :func:`pymerge.checkpoint.lora.product.add_product`; x of fp32, bf16 or fp16, contiguous factors of fp32."""
+    rank, columns = right.shape
+    _core.add_low_rank(x.numel(), _arg(x), first, columns, rank, left.data_ptr(), right.data_ptr(), scale, torch.get_num_threads())

@@ -4,6 +4,7 @@
 #include "kernels/diagnose-inl.h"
 #include "kernels/kl-inl.h"
 #include "kernels/lerp-inl.h"
+#include "kernels/low_rank-inl.h"
 #include "kernels/merge-inl.h"
 #include "kernels/reduce-inl.h"
 #include "kernels/select-inl.h"
@@ -12,7 +13,11 @@ namespace pymerge {
 namespace PYMERGE_TARGET {
 
 inline constexpr Kernels MakeTable(const char* name) {
+<<<<<<< HEAD
   return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp, KlForward, KlBackward, Diagnose};
+=======
+  return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp, KlForward, KlBackward, LowRank};
+>>>>>>> main
 }
 
 }  // namespace PYMERGE_TARGET

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -18,15 +19,24 @@ from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
 from . import dtypes
 from .adapter_recipe import is_adapter_recipe, merge_adapter_recipe
-from .extras import config_with_dtype, files_to_copy, model_card, read_small
+from .extras import CardInput, config_with_dtype, files_to_copy, model_card, read_small
+from .format import CheckpointError, InputChangedError
+from .inputs import Hashes, InputFiles
 from .many import plan_merges
-from .pipeline import Starts, run
+from .meter import Meter
+from .pipeline import MergeJob, Starts, run
 from .plan import Plan, TensorPlan
+from .provenance import FILE_NAME, provenance
+from .resume import describe
 from .settings import is_built_in
 from .sizes import parse_bytes
-from .writer import CheckpointWriter, is_file_target
+from .target import is_file_target
+from .writer import CheckpointWriter
 
 __all__ = ["MergeError", "MergeReport", "merge", "run_plan"]
+
+TITLE = "Merged model"
+"""Of the model card: not the output's name, because the same merge writes the same files wherever it writes them."""
 
 NARROW = ("F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 """Types whose largest number is small enough for sums of weights to overflow."""
@@ -44,7 +54,8 @@ class MergeReport:
         out: folder or file that was written.
         files: everything in it, in the order written.
         tensors: how many were written.
-        bytes_read, bytes_written: of tensors.
+        resumed: how many of them an earlier run had done already.
+        bytes_read, bytes_written: of tensors, by this run.
         seconds: from the start of reading to the final rename.
         warnings: what looked like a mistake in the recipe.
     """
@@ -56,6 +67,7 @@ class MergeReport:
     bytes_written: int
     seconds: float
     warnings: tuple[str, ...]
+    resumed: int = 0
 
 
 def merge(
@@ -64,6 +76,8 @@ def merge(
     *,
     shard_size: int | str = "5GB",
     force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
     dtype: str | torch.dtype | None = None,
     out_dtype: str | torch.dtype | None = None,
     check_finite: bool = True,
@@ -77,15 +91,23 @@ def merge(
     Memory stays near the largest tensor of each model, counted once, plus at most 200 MB on the way, whatever the size of the models.
     When all models are LoRA adapters, the result is an adapter, see :func:`pymerge.merge_adapters`.
 
-    The result appears at `out` complete or not at all. The same recipe and models give the same bytes, for any number of threads.
-    A file with several recipes is merged into folders of their names in `out`; what is there already is not merged again.
+    The result appears at `out` complete or not at all. The same recipe and models give the same files, byte for byte, for any number of
+    threads, at any place, resumed or not. A file with several recipes is merged into folders of their names in `out`; what is there already
+    is not merged again.
+
+    What ended a merge decides what becomes of the work: after an interrupt, a full disk or a read error the tensors that are done stay in
+    ``OUT.partial`` (the exception has a note that says so) for `resume`; after an error that would come again, or when an input has
+    changed, nothing stays.
 
     Args:
         recipe: a YAML or JSON file in mergekit's format, or a mapping of the same form. Relative paths of models are looked up in the
             recipe's folder first, then in the current one.
         out: folder to make; or a .safetensors file, then without config, tokenizer and model card.
         shard_size: bytes of tensors per file, or "5GB"; a larger tensor has a file of its own.
-        force: replace an existing `out`, once the new one is complete.
+        force: replace an existing `out`, once the new one is complete, and throw away an unfinished one.
+        resume: continue where a merge of the same recipe and models into `out` was interrupted; from the beginning if there was none.
+        verify: record the SHA-256 of every input file in pymerge.json, and compare it with what is known: with an earlier run's that this
+            one continues, and with the names of files in the Hugging Face cache. Reads every file once more, beside the merge.
         dtype, out_dtype: override the recipe's.
         check_finite: refuse NaN and Inf in an input, and overflow of the result where its dtype is narrow.
         progress: called as ``progress(bytes_done, bytes_total)`` while merging.
@@ -98,7 +120,10 @@ def merge(
 
     Raises:
         RecipeError: the recipe, the models' headers or `out` do not allow the merge; lists everything that is wrong. No tensor was read.
-        CheckpointError: a file changed or ended while it was read.
+        CheckpointError: a file ended while it was read, or cannot be read.
+        InputChangedError: an input is no longer what it was when the merge began; a CheckpointError.
+        ResumeError: an unfinished merge is of another recipe, of other inputs or by another version of pymerge.
+        OutputInUseError: another process is writing to `out`; an OSError.
         NonFiniteError: an input has a NaN or an infinity.
         MergeError: the method failed, a result overflowed, or integer tensors differ.
         OSError: writing failed.
@@ -107,12 +132,14 @@ def merge(
         return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force)
     options = {"shard_size": parse_bytes(shard_size), "dtype": _text(dtype), "out_dtype": _text(out_dtype), "seed": seed}
     report = None
-    for place, plan in plan_merges(recipe, out, force=force, download=download, **options):
+    for place, plan in plan_merges(recipe, out, force=force, resume=resume, download=download, **options):
         if plan is None:
             report = MergeReport(place, tuple(sorted(place.iterdir())), 0, 0, 0, 0.0, ())
             continue
         with plan:
-            report = run_plan(plan, place, force=force, check_finite=check_finite, progress=progress, threads=threads)
+            report = run_plan(
+                plan, place, force=force, resume=resume, verify=verify, check_finite=check_finite, progress=progress, threads=threads
+            )
     return report
 
 
@@ -125,11 +152,14 @@ def run_plan(
     out: str | os.PathLike,
     *,
     force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
     check_finite: bool = True,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
+    meter: Meter | None = None,
 ) -> MergeReport:
-    """Carry out a plan made for `out`; arguments and errors as :func:`merge` has them."""
+    """Carry out a plan made for `out`; arguments and errors as :func:`merge` has them. `meter` is told what each stage does."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; at least one has to read")
     try:
@@ -138,7 +168,42 @@ def run_plan(
         raise MergeError(str(error)) from error
     began = time.perf_counter()
     out = Path(out).absolute()
-    total, done = plan.bytes_read + plan.bytes_written, 0
+    single = is_file_target(out)
+    extras = {} if single else _extra_files(plan)
+    inputs = InputFiles(plan.checkpoints)
+    with CheckpointWriter(out, plan.layout, force=force, resume=resume, description=describe(plan, inputs, extras)) as writer:
+        resumed = len(writer.done)
+        left = dataclasses.replace(plan, tensors=tuple(t for t in plan.tensors if t.output.name not in writer.done))
+        if not writer.committed:
+            try:
+                with _compute_threads(threads):
+                    digests = _fill(writer, plan, left, inputs, verify, check_finite, progress, threads, meter or Meter())
+                inputs.check()
+                if not single:
+                    extras[FILE_NAME] = provenance(plan, digests)
+                    extras["README.md"] = _model_card(plan, "config.json" in extras, digests)
+                    for name, content in extras.items():
+                        writer.add_file(name, content)
+                writer.commit()
+            except BaseException as error:
+                if _worth_resuming(error, inputs):
+                    _add_note(error, writer.keep())
+                else:
+                    writer.discard()
+                raise
+    names = [shard.file_name for shard in plan.layout.shards]
+    if plan.layout.index is not None:
+        names.append("model.safetensors.index.json")
+    files = (out,) if single else tuple(out / name for name in [*names, *extras])
+    written = sum(tensor.output.nbytes for tensor in left.tensors)
+    warnings = (*plan.warnings, *writer.warnings)
+    return MergeReport(out, files, len(plan.tensors), left.bytes_read, written, time.perf_counter() - began, warnings, resumed)
+
+
+def _fill(writer, plan, left, inputs, verify, check_finite, progress, threads, meter) -> dict[Path, str]:
+    """Merge the tensors that are `left` of a plan; the SHA-256 of the inputs, if they are wanted."""
+    total = plan.bytes_read + plan.bytes_written
+    done = meter.before = total - left.bytes_read - sum(tensor.output.nbytes for tensor in left.tensors)
 
     def advance(count: int) -> None:
         nonlocal done
@@ -146,20 +211,32 @@ def run_plan(
         if progress is not None:
             progress(done, total)
 
-    extras = {} if is_file_target(out) else _extra_files(plan, out.name)
-    merger = _TensorMerger(plan, check_finite)
-    with CheckpointWriter(out, plan.layout, force=force) as writer:
-        for name, content in extras.items():
-            writer.add_file(name, content)
-        with _compute_threads(threads):
-            run(plan, writer, merger.merge, threads or min(4, os.cpu_count() or 1), advance)
-        writer.commit()
-    names = [shard.file_name for shard in plan.layout.shards]
-    if plan.layout.index is not None:
-        names.append("model.safetensors.index.json")
-    files = (out,) if is_file_target(out) else tuple(out / name for name in [*names, *extras])
-    seconds = time.perf_counter() - began
-    return MergeReport(out, files, len(plan.tensors), plan.bytes_read, plan.bytes_written, seconds, plan.warnings)
+    known = {file: digest for record in writer.records for file, digest in record.get("sha256", {}).items()}
+    files = inputs.identities if verify else ()
+    with Hashes(files, known, lambda file, digest: writer.record(sha256={file: digest})) as hashes:
+        run(left, writer, merger_for(plan, check_finite), threads or min(4, os.cpu_count() or 1), advance, meter)
+        return hashes.result()
+
+
+def merger_for(plan: Plan, check_finite: bool) -> MergeJob:
+    """What merges the plan's tensors in the pipeline."""
+    return _TensorMerger(plan, check_finite).merge
+
+
+def _worth_resuming(error: BaseException, inputs: InputFiles) -> bool:
+    """Whether what stopped a merge may be gone the next time; a tensor that cannot be merged, or an input that is another now, stays."""
+    if not isinstance(error, (KeyboardInterrupt, SystemExit, OSError, MemoryError, CheckpointError)):
+        return False
+    try:
+        inputs.check()
+    except CheckpointError:
+        return False
+    return not isinstance(error, InputChangedError)
+
+
+def _add_note(error: BaseException, note: str | None) -> None:
+    if note is not None:
+        error.__notes__ = [*getattr(error, "__notes__", ()), note]  # what add_note of Python 3.11 does
 
 
 @contextmanager
@@ -173,17 +250,29 @@ def _compute_threads(count: int | None):
         torch.set_num_threads(before)
 
 
-def _extra_files(plan: Plan, title: str) -> dict[str, bytes]:
+def _extra_files(plan: Plan) -> dict[str, bytes]:
     content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
     if plan.alignment is not None:
         content = plan.alignment.replace(content)
     plan.changes.apply(content)
     if "config.json" in content:
         content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))
-    models = [name for i, name in enumerate(plan.names) if i not in plan.bases]
-    base = str(plan.recipe.base_model) if plan.recipe.base_model else None
-    content["README.md"] = model_card(plan.recipe, title, models, base, "config.json" in content).encode()
+    content["README.md"] = _model_card(plan, "config.json" in content, {})
     return content
+
+
+def _model_card(plan: Plan, transformers: bool, digests: Mapping[Path, str]) -> bytes:
+    inputs = [
+        CardInput(
+            name,
+            index in plan.bases,
+            store.nbytes,
+            tuple(sorted({info.dtype for info in store.tensors.values()})),
+            tuple((file.name, digests[file]) for file in store.files if file in digests),
+        )
+        for index, (name, store) in enumerate(zip(plan.names, plan.checkpoints, strict=True))
+    ]
+    return model_card(plan.recipe, TITLE, inputs, transformers).encode()
 
 
 def _main_dtype(plan: Plan) -> str:
@@ -243,7 +332,7 @@ class _TensorMerger:
                 first, other = (self._plan.names[tensor.inputs[k][0]] for k in (0, i))
                 raise MergeError(
                     f"{tensor.output.name!r} is of dtype {tensor.output.dtype}, which cannot be merged, "
-                    f"and differs between {first} and {other}"
+                    f"and differs between {first} and {other}; merge models that agree in it"
                 )
         out.copy_(pieces[0])
 
@@ -254,7 +343,9 @@ class _TensorMerger:
         except NonFiniteError as error:
             raise NonFiniteError(self._with_model_name(str(error), tensor)) from None
         except (MemoryError, torch.OutOfMemoryError):
-            raise MergeError(f"{tensor.output.name!r}: there is not enough memory to merge it") from None
+            raise MergeError(
+                f"{tensor.output.name!r}: there is not enough memory to merge it; `pymerge plan` shows how much the merge takes"
+            ) from None
         except (ValueError, TypeError, RuntimeError) as error:
             raise MergeError(f"{tensor.output.name!r}: {self._plan.method.name!r} failed: {error}") from error
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from .memory import Job, input_pieces, make_jobs
+from .meter import Meter
 from .plan import Plan, TensorPlan
 from .ring import Ring, Stopped, aligned
 from .writer import CheckpointWriter
@@ -61,7 +62,14 @@ class _Workers:
             thread.join()
 
 
-def run(plan: Plan, writer: CheckpointWriter, merge: MergeJob, threads: int, progress: Callable[[int], None] | None) -> None:
+def run(
+    plan: Plan,
+    writer: CheckpointWriter,
+    merge: MergeJob,
+    threads: int,
+    progress: Callable[[int], None] | None,
+    meter: Meter | None = None,
+) -> None:
     """Carry out a plan.
 
     Args:
@@ -71,26 +79,29 @@ def run(plan: Plan, writer: CheckpointWriter, merge: MergeJob, threads: int, pro
             ring's memory and where its output is to go.
         threads: that read.
         progress: called in this thread with the bytes (read and written) of each job that was merged.
+        meter: told what each stage does.
 
     Raises:
         whatever reading, merging or writing raised first. All threads have ended when this returns or raises.
     """
+    meter = meter or Meter()
     jobs = make_jobs(plan.tensors)
     inputs, outputs = Ring(plan.buffers.inputs), Ring(plan.buffers.outputs)
     workers = _Workers((inputs, outputs))
     try:
-        workers.start("reader", lambda: _read(plan, jobs, inputs, workers, threads))
-        workers.start("writer", lambda: _write(writer, outputs, workers))
+        workers.start("reader", lambda: _read(plan, jobs, inputs, workers, threads, meter))
+        workers.start("writer", lambda: _write(writer, outputs, workers, meter))
         for job in jobs:
             starts = workers.read.get()
             if starts is None:
                 raise Stopped
             position = outputs.take(job.bytes_out)
             written = []
-            for tensor in job.tensors:
-                merge(tensor, inputs.view, starts[tensor.output.name], outputs.view, position)
-                written.append((tensor.output.name, position, tensor.output.nbytes))
-                position += aligned(tensor.output.nbytes)
+            with meter.at_work("merging", job.bytes_in + job.bytes_out):
+                for tensor in job.tensors:
+                    merge(tensor, inputs.view, starts[tensor.output.name], outputs.view, position)
+                    written.append((tensor.output.name, position, tensor.output.nbytes))
+                    position += aligned(tensor.output.nbytes)
             inputs.release()
             workers.merged.put(written)
             if progress is not None:
@@ -106,7 +117,7 @@ def run(plan: Plan, writer: CheckpointWriter, merge: MergeJob, threads: int, pro
         raise workers.error
 
 
-def _read(plan: Plan, jobs: list[Job], ring: Ring, workers: _Workers, threads: int) -> None:
+def _read(plan: Plan, jobs: list[Job], ring: Ring, workers: _Workers, threads: int, meter: Meter) -> None:
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="pymerge-read") as pool:
         for job in jobs:
             position = ring.take(job.bytes_in)
@@ -124,8 +135,9 @@ def _read(plan: Plan, jobs: list[Job], ring: Ring, workers: _Workers, threads: i
                     position += size
 
             # A share of the reads for each thread, and not a task for each read: tensors may be tiny and many.
-            for _ in pool.map(lambda share: _read_all(share, workers), [reads[i::threads] for i in range(threads)]):
-                pass
+            with meter.at_work("reading", sum(len(target) for _, _, target, _ in reads)):
+                for _ in pool.map(lambda share: _read_all(share, workers), [reads[i::threads] for i in range(threads)]):
+                    pass
             workers.read.put(starts)
 
 
@@ -136,11 +148,12 @@ def _read_all(reads: list, workers: _Workers) -> None:
         checkpoint.read_into(info, target, begin)
 
 
-def _write(writer: CheckpointWriter, ring: Ring, workers: _Workers) -> None:
+def _write(writer: CheckpointWriter, ring: Ring, workers: _Workers, meter: Meter) -> None:
     while True:
         written = workers.merged.get()
         if written is None or workers.stopping.is_set():
             return
-        for name, start, nbytes in written:
-            writer.write(name, ring.view[start : start + nbytes])
+        with meter.at_work("writing", sum(nbytes for _, _, nbytes in written)):
+            for name, start, nbytes in written:
+                writer.write(name, ring.view[start : start + nbytes])
         ring.release()

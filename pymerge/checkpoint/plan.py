@@ -25,10 +25,9 @@ from .parts import Input, Part, make_parts
 from .settings import resolve_parameters
 from .sources import Sources, open_sources
 from .store import TensorStore
-from .target import check_out
+from .target import check_out, is_file_target
 from .tied import Ties, find_ties
 from .views import Views
-from .writer import is_file_target
 
 __all__ = ["Plan", "TensorPlan", "make_plan"]
 
@@ -120,6 +119,7 @@ def make_plan(
     dtype: str | None = None,
     out_dtype: str | None = None,
     seed: int | None = None,
+    resume: bool = False,
     download: bool = False,
     named: Mapping[str, Path] | None = None,
 ) -> Plan:
@@ -129,7 +129,8 @@ def make_plan(
         recipe: a YAML or JSON file, a mapping of the same form, or either of them read already.
         out: where the result is to go, to check that too: a folder, or a .safetensors file. None plans for a folder.
         shard_size: bytes of tensors in one file, at most; a larger tensor has a file of its own.
-        force: an existing `out` may be replaced.
+        force: an existing `out` may be replaced, an unfinished one thrown away.
+        resume: an unfinished `out` may be continued.
         download: fetch models that the recipe names by hub id and that are not in the Hugging Face cache.
         named: paths of models that the recipe names by the names of other recipes in its file.
         dtype, out_dtype, seed: override the recipe's; dtypes as torch calls them ("bfloat16").
@@ -147,7 +148,7 @@ def make_plan(
             problems.warnings.append(f"the seed is not used: {method.name!r} is not random")
     sources = open_sources(parsed, problems, download, named)
     try:
-        return _complete(parsed, method, sources, problems, None if out is None else Path(out), shard_size, force)
+        return _complete(parsed, method, sources, problems, None if out is None else Path(out), shard_size, force, resume)
     except BaseException:
         sources.close()
         raise
@@ -182,7 +183,14 @@ def _method(recipe: Recipe, problems: Problems) -> Method | None:
 
 
 def _complete(
-    recipe: Recipe, method: Method | None, sources: Sources, problems: Problems, out: Path | None, shard_size: int, force: bool
+    recipe: Recipe,
+    method: Method | None,
+    sources: Sources,
+    problems: Problems,
+    out: Path | None,
+    shard_size: int,
+    force: bool,
+    resume: bool,
 ) -> Plan:
     parts = make_parts(recipe, method, sources, problems)
     ties = find_ties(sources)
@@ -211,7 +219,7 @@ def _complete(
         metadata = {"format": "pt", "pymerge_version": __version__, "pymerge_recipe": recipe.to_yaml()}
         layout = make_layout([t.output for t in tensors], shard_size, metadata, out.name if single else None)
     if out is not None:
-        check_out(out, force, layout.total_size, sources, problems)
+        check_out(out, force, layout.total_size, sources, problems, resume)
     problems.raise_if_any()
     assert method is not None
     return Plan(

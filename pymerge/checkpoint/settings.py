@@ -60,9 +60,14 @@ def resolve_parameters(
         parameters.warn_unused_filters(seen)
         if (before or not problems) and is_built_in(method):
             for part, values in zip(parts, resolved, strict=True):
-                if not _has_none(method, values):
+                if _can_be_called(method, part) and not _has_none(method, values):
                     _try_out(method, part, values, problems)
     return resolved
+
+
+def _can_be_called(method: Method, part: Part) -> bool:
+    """Whether there is a base if one is needed, and as many models as the method takes: where not, that has been said."""
+    return (part.has_base or method.base != "required") and method.min_models <= len(part.models) <= method.max_models
 
 
 def _has_none(method: Method, resolved: dict[str, dict[str, Any]]) -> bool:
