@@ -17,7 +17,7 @@ CORE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-all lint bench aot gpu sanitize arm64 clean distclean
+.PHONY: help demo experiments test test-all lint bench aot gpu sanitize arm64 clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -25,6 +25,10 @@ help:  ## show this list
 
 demo: $(VENV)/.demo $(VENV)/.core  ## train four small networks, merge them five ways, print and draw the result
 	$(PY) examples/digits_demo.py demo-output
+
+EXPERIMENTS := e1_replay e2_connectivity e3_interference e4_language_model e5_stages
+experiments: $(VENV)/.dev $(VENV)/.core  ## train what docs/experiments.md reports, five seeds (10-20 minutes); writes examples/results/
+	@for e in $(EXPERIMENTS); do OMP_NUM_THREADS=1 $(PY) examples/experiments/$$e.py $(ARGS) || exit 1; done
 
 test: $(VENV)/.dev $(VENV)/.core  ## all tests but the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
