@@ -1,6 +1,6 @@
 """Tensors in CPU memory merged on a GPU: copied in, merged and copied out in batches, all three at once.
 
-A batch is one piece of memory on the device: its inputs one after the other, then its results. Bytes go there and back through pinned
+On the device a batch is two pieces of memory: its inputs one after the other, and its results. Bytes go there and back through pinned
 blocks of the host, each window of a batch in one copy, however many tensors lie in it. Where every element of a result depends on the
 same element of the inputs alone, tensors are cut into slices; else a batch is of whole tensors.
 
@@ -21,14 +21,13 @@ from . import many_ops, ops
 from .finite import raise_if_not_finite
 from .many_ops import Job
 from .spec import MergeSpec
+from .staging_batches import Batch, batches, bytes_of, inputs_of, typed
 from .staging_streams import Blocks, free_bytes, make_streams
 from .tree import Paired
 
 __all__ = ["lerp_staged", "merge_staged"]
 
-SLICE = 2**23  # elements per tensor of a batch: 84 MB for four bf16 models and their result
 BLOCK = 2**24  # bytes of a pinned block: long enough for full speed, short enough that the first copy starts soon
-ALIGNMENT = 128  # bytes: what the kernels' widest loads, and a line of the cache, like best
 
 Launch = Callable[[list[Job]], object]  # the merge into the jobs' `out`, without waiting; its value is false where a delta is not finite
 
@@ -42,9 +41,9 @@ def merge_staged(pairs: Paired, spec: MergeSpec, device: torch.device | str, *, 
     """
     majority = spec.elect and spec.convention.zero_vote == "majority"
     together = spec.convention.scope == "model" and pairs.kind != "tensor"
-    cut = SLICE if spec.sparsify == "none" and not majority and not together else None
+    sliced = spec.sparsify == "none" and not majority and not together
     return _staged(
-        pairs, lambda jobs: many_ops.launch_merges(jobs, spec), device, cut=cut, together=together, dtype=dtype, out=out,
+        pairs, lambda jobs: many_ops.launch_merges(jobs, spec), device, sliced=sliced, together=together, dtype=dtype, out=out,
         labels=None if check_finite else (),
     )  # fmt: skip
 
@@ -54,12 +53,12 @@ def lerp_staged(
 ):  # fmt: skip
     """The interpolation from base to model, on `device`; else as :func:`merge_staged`."""
     return _staged(
-        pairs, lambda jobs: many_ops.launch_lerps(jobs, alpha), device, cut=SLICE, together=False, dtype=dtype, out=out,
+        pairs, lambda jobs: many_ops.launch_lerps(jobs, alpha), device, sliced=True, together=False, dtype=dtype, out=out,
         labels=labels if check_finite else (),
     )  # fmt: skip
 
 
-def _staged(pairs: Paired, launch: Launch, device, *, cut: int | None, together: bool, dtype, out, labels):
+def _staged(pairs: Paired, launch: Launch, device, *, sliced: bool, together: bool, dtype, out, labels):
     """`labels`: what base and models are called where they are not finite; None for the usual names, empty for no check."""
     device = _usable(device)
     for name in pairs.merged:
@@ -69,7 +68,7 @@ def _staged(pairs: Paired, launch: Launch, device, *, cut: int | None, together:
 
     def merge(jobs: Sequence[Job]) -> list[Tensor]:
         results = [job.target() for job in jobs]
-        finite = _Pipeline(jobs, results, launch, device, cut, together).run()
+        finite = _Pipeline(jobs, results, launch, device, sliced, together).run()
         if labels != () and not finite:  # a delta overflowed or an input is not finite: only the latter is an error
             for job in jobs:
                 names = labels or ("base", *(f"model {i}" for i in range(len(job.models))))
@@ -93,87 +92,29 @@ def _usable(device: torch.device | str) -> torch.device:
     return device
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Elements `start` to `stop` of job number `job`, and where their inputs (base first) and their result lie in the batch's bytes."""
-
-    job: int
-    start: int
-    stop: int
-    inputs: tuple[int, ...]
-    output: int
-
-
-@dataclass(frozen=True)
-class _Batch:
-    pieces: list[_Piece]
-    input_bytes: int
-    size: int
-
-
-def _inputs(job: Job) -> list[Tensor]:
-    return [*([] if job.base is None else [job.base]), *job.models]
-
-
-def _batches(jobs: Sequence[Job], cut: int | None, together: bool) -> Iterator[_Batch]:
-    """Up to SLICE elements each; more where a tensor has more and is not `cut`, or where all go `together`."""
-    spans: list[tuple[int, int, int]] = []
-    elements = 0
-    for number, job in enumerate(jobs):
-        n = job.models[0].numel()
-        step = cut or max(n, 1)
-        for start in range(0, max(n, 1), step):
-            stop = min(start + step, n)
-            if spans and not together and elements + stop - start > SLICE:
-                yield _laid_out(jobs, spans)
-                spans, elements = [], 0
-            spans.append((number, start, stop))
-            elements += stop - start
-    if spans:
-        yield _laid_out(jobs, spans)
-
-
-def _laid_out(jobs: Sequence[Job], spans: Sequence[tuple[int, int, int]]) -> _Batch:
-    at = 0
-
-    def room(elements: int, dtype: torch.dtype) -> int:
-        nonlocal at
-        here, at = at, at + -(-elements * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        return here
-
-    inputs = [tuple(room(stop - start, t.dtype) for t in _inputs(jobs[j])) for j, start, stop in spans]
-    input_bytes = at
-    pieces = [_Piece(*span, places, room(span[2] - span[1], jobs[span[0]].dtype)) for span, places in zip(spans, inputs)]
-    return _Batch(pieces, input_bytes, at)
-
-
-def _bytes(flat: Tensor, start: int, stop: int) -> Tensor:
-    return flat[start:stop].view(torch.uint8)
-
-
 # ------------------------------------------------------------------------------------------------------------------------------------------
 # Pipeline
 
 
 @dataclass
 class _Slot:
-    """Memory of a batch on the device, and the events after which its inputs and its results may be overwritten."""
+    """Memory of a batch on the device, and the events after which its inputs and its results may be overwritten.
 
-    memory: Tensor
+    Inputs and results are apart, so that the next inputs can come while the results, which lie elsewhere in another batch, still leave.
+    """
+
+    inputs: Tensor
+    results: Tensor
     computed: object = None
     stored: object = None
 
 
 class _Pipeline:
     def __init__(
-        self, jobs: Sequence[Job], results: Sequence[Tensor], launch: Launch, device: torch.device, cut: int | None, together: bool
+        self, jobs: Sequence[Job], results: Sequence[Tensor], launch: Launch, device: torch.device, sliced: bool, together: bool
     ) -> None:  # fmt: skip
         self._jobs, self._results, self._launch, self._device = jobs, results, launch, device
-        self._batches = list(_batches(jobs, cut, together))
+        self._batches = list(batches(jobs, sliced, together))
         # Results that are not contiguous are put together in a contiguous copy first.
         self._flat_results = [(t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype)).detach().view(-1) for t in results]
         self._flat_inputs: tuple[int, list[Tensor]] = (-1, [])
@@ -198,25 +139,27 @@ class _Pipeline:
         return finite
 
     def _slots(self) -> list[_Slot]:
-        largest = max(self._batches, key=lambda batch: batch.size)
+        sizes = [max(batch.input_bytes for batch in self._batches), max(batch.result_bytes for batch in self._batches)]
         free = free_bytes(self._device)
-        if free is not None and largest.size > free:
-            raise ValueError(self._too_large(largest, f"{free} bytes are free"))
-        count = 2 if len(self._batches) > 1 and (free is None or 2 * largest.size <= free) else 1
-        slots = [_Slot(self._compute.allocate(largest.size, self._device)) for _ in range(count)]
+        if free is not None and sum(sizes) > free:
+            raise ValueError(self._too_large(max(self._batches, key=lambda batch: batch.input_bytes), f"{free} bytes are free"))
+        count = 2 if len(self._batches) > 1 and (free is None or 2 * sum(sizes) <= free) else 1
+        slots = [_Slot(*(self._compute.allocate(size, self._device) for size in sizes)) for _ in range(count)]
         # What had this memory before may still be under way on the stream it is allocated on, and on no other.
         self._copy_in.wait_event(self._compute.record_event())
         return slots
 
-    def _too_large(self, batch: _Batch, room: str) -> str:
+    def _too_large(self, batch: Batch, room: str) -> str:
+        size = batch.input_bytes + batch.result_bytes
         names = [self._jobs[piece.job].name for piece in batch.pieces]
         what = repr(names[0]) if len(set(names)) == 1 else f"a batch of {len(names)} tensors from {names[0]!r} on"
-        return f"{what}: inputs and result take {batch.size} bytes on {self._device}, where {room}; leave device out to merge on the CPU"
+        return f"{what}: inputs and result take {size} bytes on {self._device}, where {room}; leave device out to merge on the CPU"
 
     def _run(self, slots: list[_Slot]) -> None:
-        size = min(BLOCK, max(batch.size for batch in self._batches))
-        self._outgoing, self._incoming = Blocks(size, self._device), Blocks(size, self._device)
-        unsaved: tuple[_Slot, _Batch] | None = None
+        self._outgoing, self._incoming = (
+            Blocks(min(BLOCK, memory.numel()), self._device) for memory in (slots[0].inputs, slots[0].results)
+        )
+        unsaved: tuple[_Slot, Batch] | None = None
         for number, batch in enumerate(self._batches):
             slot = slots[number % len(slots)]
             self._load(slot, batch)
@@ -231,7 +174,7 @@ class _Pipeline:
         self._store(*unsaved)
         self._incoming.drain()
 
-    def _load(self, slot: _Slot, batch: _Batch) -> None:
+    def _load(self, slot: _Slot, batch: Batch) -> None:
         if slot.computed is not None:
             self._copy_in.wait_event(slot.computed)
         parts = self._parts(batch)
@@ -247,19 +190,19 @@ class _Pipeline:
                 if at + source.numel() > high:
                     break
                 part = next(parts, None)
-            to, source = slot.memory[low:high], block[: high - low]
+            to, source = slot.inputs[low:high], block[: high - low]
             self._copy_in.run(lambda to=to, source=source: to.copy_(source, non_blocking=True))
             self._outgoing.until(self._copy_in.record_event().synchronize)
 
-    def _parts(self, batch: _Batch) -> Iterator[tuple[int, Tensor]]:
+    def _parts(self, batch: Batch) -> Iterator[tuple[int, Tensor]]:
         """The batch's inputs as bytes, in the order of their places."""
         for piece in batch.pieces:
             if self._flat_inputs[0] != piece.job:  # slices follow each other: a contiguous copy, if one is needed, is made once
-                self._flat_inputs = piece.job, [t.detach().contiguous().view(-1) for t in _inputs(self._jobs[piece.job])]
+                self._flat_inputs = piece.job, [t.detach().contiguous().view(-1) for t in inputs_of(self._jobs[piece.job])]
             for at, flat in zip(piece.inputs, self._flat_inputs[1]):
-                yield at, _bytes(flat, piece.start, piece.stop)
+                yield at, bytes_of(flat, piece.start, piece.stop)
 
-    def _merge(self, slot: _Slot, batch: _Batch) -> None:
+    def _merge(self, slot: _Slot, batch: Batch) -> None:
         self._compute.wait_event(self._copy_in.record_event())
         if slot.stored is not None:
             self._compute.wait_event(slot.stored)
@@ -267,12 +210,9 @@ class _Pipeline:
         for piece in batch.pieces:
             job, n = self._jobs[piece.job], piece.stop - piece.start
 
-            def there(at: int, dtype: torch.dtype, n: int = n) -> Tensor:
-                return slot.memory[at : at + n * dtype.itemsize].view(dtype)
-
-            inputs = [there(at, t.dtype) for at, t in zip(piece.inputs, _inputs(job))]
+            inputs = [typed(slot.inputs, at, n, t.dtype) for at, t in zip(piece.inputs, inputs_of(job))]
             base = None if job.base is None else inputs.pop(0)
-            jobs.append(Job(job.name, base, inputs, job.dtype, there(piece.output, job.dtype)))
+            jobs.append(Job(job.name, base, inputs, job.dtype, typed(slot.results, piece.output, n, job.dtype)))
 
         def launch() -> None:
             try:
@@ -283,19 +223,19 @@ class _Pipeline:
         self._compute.run(launch)
         slot.computed = self._compute.record_event()
 
-    def _store(self, slot: _Slot, batch: _Batch) -> None:
+    def _store(self, slot: _Slot, batch: Batch) -> None:
         self._copy_out.wait_event(slot.computed)
-        for low in range(batch.input_bytes, batch.size, BLOCK):
-            high = min(low + BLOCK, batch.size)
+        for low in range(0, batch.result_bytes, BLOCK):
+            high = min(low + BLOCK, batch.result_bytes)
             block = self._incoming.next()[: high - low]
-            source = slot.memory[low:high]
+            source = slot.results[low:high]
             self._copy_out.run(lambda to=block, source=source: to.copy_(source, non_blocking=True))
             copied = self._copy_out.record_event()
 
             def end(block: Tensor = block, low: int = low, high: int = high, copied=copied) -> None:
                 copied.synchronize()
                 for piece in batch.pieces:
-                    to = _bytes(self._flat_results[piece.job], piece.start, piece.stop)
+                    to = bytes_of(self._flat_results[piece.job], piece.start, piece.stop)
                     first, last = max(low, piece.output), min(high, piece.output + to.numel())
                     if first < last:
                         to[first - piece.output : last - piece.output].copy_(block[first - low : last - low])

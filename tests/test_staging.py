@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pymerge
-from pymerge import staging
+from pymerge import staging, staging_batches
 
 METHODS = {
     "linear": lambda base, models, **more: pymerge.linear(models, weights=[0.3, 0.5, 1.1], **more),
@@ -52,7 +52,7 @@ BASE, MODELS = state_dict(0), [state_dict(i) for i in (1, 2, 3)]
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Many batches and many windows of small tensors; device inputs become NaN as soon as they have been merged."""
-    monkeypatch.setattr(staging, "SLICE", 64)
+    monkeypatch.setattr(staging_batches, "SLICE", 64)
     monkeypatch.setattr(staging, "BLOCK", 96)
     for name in ("launch_merges", "launch_lerps"):
         plain = getattr(staging.many_ops, name)
@@ -163,7 +163,7 @@ def test_late_streams_with_memory_for_one_or_two_batches(method, slots, monkeypa
     plain = staging._Pipeline._slots
 
     def counted(self):
-        largest = max(batch.size for batch in self._batches)
+        largest = max(batch.input_bytes for batch in self._batches) + max(batch.result_bytes for batch in self._batches)
         monkeypatch.setattr(staging, "free_bytes", lambda device: slots * largest)
         made = plain(self)
         sizes.append((len(made), len(self._batches)))
@@ -241,9 +241,7 @@ def test_the_triton_kernels_take_batches(monkeypatch):
 
 def test_a_tensor_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(staging, "free_bytes", lambda device: 1000)
-    with pytest.raises(
-        ValueError, match=r"^'large': inputs and result take 4480 bytes on cpu, where 1000 bytes are free; leave device out"
-    ):
+    with pytest.raises(ValueError, match=r"^'long': inputs and result take 5760 bytes on cpu, where 1000 bytes are free; leave device out"):
         pymerge.ties(BASE, MODELS, device="cpu")
     with pytest.raises(ValueError, match=r"^a batch of 9 tensors from 'large' on: inputs and result take"):
         pymerge.ties(BASE, MODELS, device="cpu", convention="paper")
