@@ -145,13 +145,10 @@ struct Kernels {
   // Divergences, or their gradients, of rows [begin, end).
   void (*kl_forward)(const KlJob&, int64_t begin, int64_t end);
   void (*kl_backward)(const KlJob&, int64_t begin, int64_t end);
-<<<<<<< HEAD
-  // Adds a range's sums and counts to those given; begin is a multiple of kSumBlock. `lanes`: scratch, 64 for each sum.
-  void (*diagnose)(const DiagnoseJob&, int64_t begin, int64_t end, double* lanes, double* sums, int64_t* counts);
-=======
   // Adds a low-rank product to elements [begin, end) of x, any range.
   void (*low_rank)(const LowRankJob&, int64_t begin, int64_t end);
->>>>>>> main
+  // Adds a range's sums and counts to those given; begin is a multiple of kSumBlock. `lanes`: scratch, 64 for each sum.
+  void (*diagnose)(const DiagnoseJob&, int64_t begin, int64_t end, double* lanes, double* sums, int64_t* counts);
 };
 
 }  // namespace pymerge

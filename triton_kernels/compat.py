@@ -10,7 +10,9 @@ import triton.language as tl
 
 __all__ = ["INTERPRET", "INTERPRETED", "LAUNCH_OPTIONS", "THREADS", "parse_version"]
 
-MINIMUM = (3, 4)  # triton.knobs, and tuples as constexpr arguments
+# Until 3.5 div_rn becomes div.rn.ftz, which loses subnormals. Tested: 3.6.0 and 3.9.0 in the interpreter and ahead of time, 3.7.1 and 3.8.0
+# (TIES, DARE-TIES) ahead of time.
+MINIMUM = (3, 6)
 
 
 def parse_version(text: str) -> tuple[int, int]:

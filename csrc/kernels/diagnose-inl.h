@@ -2,6 +2,8 @@
 // largest deltas of the models overlap and contradict each other.
 #pragma once
 
+#include <utility>
+
 #include "kernels/reduce-inl.h"
 
 namespace pymerge {
@@ -55,6 +57,53 @@ inline void Magnitude(Doubles* v) {
   memcpy(&bits, v, sizeof(bits));
   bits &= 0x7FFFFFFFFFFFFFFF;
   memcpy(v, &bits, sizeof(bits));
+}
+
+// Places (a, b), a <= b, of the upper triangle by rows.
+template <int kVectors>
+struct Triangle {
+  static constexpr int kCount = kVectors * (kVectors + 1) / 2;
+  int a[kCount] = {}, b[kCount] = {};
+  constexpr Triangle() {
+    for (int i = 0, k = 0; i < kVectors; ++i) {
+      for (int j = i; j < kVectors; ++j, ++k) a[k] = i, b[k] = j;
+    }
+  }
+};
+
+// All sums of a few models at once: each vector is loaded once for all its products, and with 32 registers the accumulators of up to three
+// models and a base stay in them. Written with folds because GCC does not keep an array in registers unless its indices are constants.
+template <int kModels, int... kPair, int... kModel>
+inline void AddRowsOfAll(const double (*wide)[kRun], int64_t n, double* lanes, std::integer_sequence<int, kPair...>,
+                         std::integer_sequence<int, kModel...>) {
+  constexpr Triangle<kModels + 1> kAt;
+  constexpr int kPairs = Triangle<kModels + 1>::kCount;
+  for (int j = 0; j < kSumLanes; j += kDoubles) {
+    Doubles product[kPairs], magnitude[kModels], agreement;
+    (LoadDoubles(lanes + kPair * kSumLanes + j, &product[kPair]), ...);
+    (LoadDoubles(lanes + (kPairs + kModel) * kSumLanes + j, &magnitude[kModel]), ...);
+    LoadDoubles(lanes + (kPairs + kModels) * kSumLanes + j, &agreement);
+    for (int64_t row = j; row < n; row += kSumLanes) {
+      Doubles v[kModels + 1], total;
+      LoadDoubles(wide[0] + row, &v[0]);
+      (LoadDoubles(wide[kModel + 1] + row, &v[kModel + 1]), ...);
+      ((product[kPair] += v[kAt.a[kPair]] * v[kAt.b[kPair]]), ...);
+      total = v[1];
+      ((kModel ? void(total += v[kModel + 1]) : void()), ...);
+      Magnitude(&total);
+      agreement += total;
+      ((Magnitude(&v[kModel + 1]), magnitude[kModel] += v[kModel + 1]), ...);
+    }
+    (memcpy(lanes + kPair * kSumLanes + j, &product[kPair], sizeof(Doubles)), ...);
+    (memcpy(lanes + (kPairs + kModel) * kSumLanes + j, &magnitude[kModel], sizeof(Doubles)), ...);
+    memcpy(lanes + (kPairs + kModels) * kSumLanes + j, &agreement, sizeof(Doubles));
+  }
+}
+
+template <int kModels>
+inline void AddRowsOfAll(const double (*wide)[kRun], int64_t n, double* lanes) {
+  AddRowsOfAll<kModels>(wide, n, lanes, std::make_integer_sequence<int, Triangle<kModels + 1>::kCount>(),
+                        std::make_integer_sequence<int, kModels>());
 }
 
 // Bit e of the words: element e of 64 is kept; it is negative. Zeros are never kept.
@@ -128,6 +177,12 @@ void DiagnoseRun(const DiagnoseJob& job, int64_t first, int64_t n, double* lanes
   for (int64_t i = 0; i < padded; i += 64) {
     for (int m = 0; m < models; ++m) counts[models + m] += __builtin_popcountll(words[i / 64][m].kept);
     CountTogether(words[i / 64], models, counts + 3 * models);
+  }
+  switch (models) {
+    case 1: return AddRowsOfAll<1>(wide, padded, lanes);
+    case 2: return AddRowsOfAll<2>(wide, padded, lanes);
+    case 3: return AddRowsOfAll<3>(wide, padded, lanes);
+    case 4: return AddRowsOfAll<4>(wide, padded, lanes);
   }
   for (int a = 0; a <= models; ++a) {
     for (int b = a; b <= models; ++b, lanes += kSumLanes) {

@@ -13,11 +13,7 @@ namespace pymerge {
 namespace PYMERGE_TARGET {
 
 inline constexpr Kernels MakeTable(const char* name) {
-<<<<<<< HEAD
-  return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp, KlForward, KlBackward, Diagnose};
-=======
-  return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp, KlForward, KlBackward, LowRank};
->>>>>>> main
+  return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp, KlForward, KlBackward, LowRank, Diagnose};
 }
 
 }  // namespace PYMERGE_TARGET

@@ -15,6 +15,7 @@ __all__ = ["Source", "parse_text", "read_source", "read_sources"]
 
 MAX_BYTES = 4_000_000
 MAX_VALUES = 200_000
+MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _parse_yaml(text: str, label: str) -> list[tuple[Any, dict[Path, int]]]:
     import yaml
 
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _loader(text)
         documents = []
         try:
             while loader.check_node():
@@ -133,6 +134,20 @@ def _parse_yaml(text: str, label: str) -> list[tuple[Any, dict[Path, int]]]:
         raise
     except ValueError as error:  # a scalar that looks like a date but is none
         raise _failure(label, None, f"is not valid YAML: {error}") from None
+
+
+def _loader(text: str):
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses deep nesting before its scanner, which takes a second for each thousand of open brackets, has gone through it."""
+
+        def fetch_flow_collection_start(self, token_class) -> None:
+            if self.flow_level > MAX_DEPTH:
+                raise RecursionError
+            super().fetch_flow_collection_start(token_class)
+
+    return Loader(text)
 
 
 class _NodeReader:

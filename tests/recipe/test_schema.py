@@ -1,6 +1,7 @@
 """Reading recipes: every mistake has its line and place, all are told at once, and misspelt keys come with the right one."""
 
 import json
+import time
 
 import pytest
 
@@ -147,3 +148,19 @@ def test_merge_keys_and_aliases(tmp_path):
     recipe = load_recipe(tmp_path / "r.yml")
     assert [m.parameters["weight"] for m in recipe.models] == [1, 2, 1]
     assert "&" not in recipe.to_yaml()
+
+
+@pytest.mark.parametrize(
+    "text", ["a: " + "[" * 300_000, "{a: " + "[" * 300_000, "- " * 300_000, "{a: " * 100_000], ids=["list", "in a map", "block", "maps"]
+)
+def test_deep_nesting_ends_at_once(tmp_path, text):
+    began = time.process_time()
+    assert any("nested too deep" in problem or "not valid YAML" in problem for problem in problems_of(text, tmp_path))
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("text", ['{"models": ' + "9" * 5000 + "}", '{"a": [' + "[" * 200_000 + "}"], ids=["digits", "nesting"])
+def test_json_that_python_refuses(tmp_path, text):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(RecipeError, match="not valid JSON|nested too deep"):
+        load_recipe(tmp_path / "r.json")
