@@ -3,7 +3,8 @@
     python examples/experiments/e4_language_model.py [--quick] [--seeds 5]
 
 Base: a byte transformer trained on docstrings of the standard library; fine-tuned on the library's code. Old samples are shorter than new
-ones, so that a share of samples is not a share of tokens. Settings were chosen once, before the first run.
+ones, so that a share of samples is not a share of tokens. Settings were chosen before the first run; the numbers of
+steps were cut once, to fit the time, before any result of the full form was seen.
 """
 
 from __future__ import annotations

@@ -181,6 +181,7 @@ def main() -> None:
         axes.plot(["base", "SFT", "DPO"], [fmt[x][seed] for x in ("base", "SFT", "DPO")], "o-", color="0.6", markersize=4)
     for i, arm in enumerate(RL):
         axes.scatter([arm] * count, fmt[arm], color=f"C{i}")
+    axes.set_xticks(range(3 + len(RL)), [label.replace(" + ", "\n+ ") for label in ("base", "SFT", "DPO", *RL)])
     axes.set(ylabel="answers in the right format", ylim=(-0.05, 1.05), title="each point a seed")
     experiment.finish(runs, expectations, figure, settings=settings, notes=notes, gate=verdicts)
 
