@@ -42,9 +42,9 @@ class Buffers:
         return self.inputs + self.outputs
 
 
-def input_pieces(tensor: TensorPlan) -> dict[int, int]:
-    """Checkpoint index -> aligned bytes; a checkpoint that is an input twice is read once."""
-    return {index: aligned(info.nbytes) for index, info in tensor.inputs}
+def input_pieces(tensor: TensorPlan) -> dict[tuple[int, str], int]:
+    """(Checkpoint index, name there) -> aligned bytes; what is an input twice is read once."""
+    return {(index, info.name): aligned(info.nbytes) for index, info in tensor.inputs}
 
 
 def make_jobs(tensors: Sequence[TensorPlan]) -> list[Job]:

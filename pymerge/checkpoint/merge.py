@@ -18,7 +18,7 @@ from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
 from . import dtypes
 from .extras import config_with_dtype, files_to_copy, model_card, read_small
-from .pipeline import run
+from .pipeline import Starts, run
 from .plan import Plan, TensorPlan, make_plan
 from .settings import is_built_in
 from .sizes import parse_bytes
@@ -161,7 +161,7 @@ def _extra_files(plan: Plan, title: str) -> dict[str, bytes]:
     content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
     if "config.json" in content:
         content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))
-    models = plan.names[1:] if plan.has_base else plan.names
+    models = [name for i, name in enumerate(plan.names) if i not in plan.bases]
     content["README.md"] = model_card(plan.recipe, title, models, plan.recipe.base_model, "config.json" in content).encode()
     return content
 
@@ -184,11 +184,11 @@ class _TensorMerger:
         # Our own methods compute in fp32 whatever the storage, so widening to fp32 first would only take memory. Others may not.
         self._widens = is_built_in(plan.method)
 
-    def merge(self, tensor: TensorPlan, source: memoryview, starts: dict[int, int], target: memoryview, position: int) -> None:
+    def merge(self, tensor: TensorPlan, source: memoryview, starts: Starts, target: memoryview, position: int) -> None:
         """See :func:`pymerge.checkpoint.pipeline.run`."""
         output = tensor.output
         out = _bytes(target, position, output.nbytes)
-        pieces = [_bytes(source, starts[index], info.nbytes) for index, info in tensor.inputs]
+        pieces = [_bytes(source, starts[index, info.name], info.nbytes) for index, info in tensor.inputs]
         if tensor.copied:
             self._copy(tensor, pieces, out)
             return
@@ -197,7 +197,7 @@ class _TensorMerger:
         ]
         result = out.view(dtypes.torch_dtype(output.dtype)).view(output.shape)
         inputs = [self._cast(x) for x in inputs]
-        base, models = (inputs[0], inputs[1:]) if self._plan.has_base else (None, inputs)
+        base, models = (inputs[0], inputs[1:]) if tensor.has_base else (None, inputs)
         with self._explained(tensor):
             got = self._plan.method.tensor(
                 base, models, name=output.name, dtype=result.dtype, out=result, check_finite=self._check_finite, **tensor.parameters
@@ -220,10 +220,10 @@ class _TensorMerger:
     def _copy(self, tensor: TensorPlan, pieces: list[Tensor], out: Tensor) -> None:
         for i, piece in enumerate(pieces[1:], 1):
             if not torch.equal(pieces[0], piece):
-                names = self._plan.names
+                first, other = (self._plan.names[tensor.inputs[k][0]] for k in (0, i))
                 raise MergeError(
                     f"{tensor.output.name!r} is of dtype {tensor.output.dtype}, which cannot be merged, "
-                    f"and differs between {names[0]} and {names[i]}"
+                    f"and differs between {first} and {other}"
                 )
         out.copy_(pieces[0])
 
@@ -243,7 +243,7 @@ class _TensorMerger:
         match = re.match(r"(?:(base)|model (\d+)): ", message)
         if not match:
             return message
-        which = 0 if match.group(1) else int(match.group(2)) + self._plan.has_base
+        which = 0 if match.group(1) else int(match.group(2)) + tensor.has_base
         index, info = tensor.inputs[which]
         code = self._plan.recipe.dtype
         cast = f" (after the recipe's dtype turned it from {info.dtype} into {code})" if code not in (None, info.dtype) else ""

@@ -12,15 +12,15 @@ from .plan import Plan, TensorPlan
 from .ring import Ring, Stopped, aligned
 from .writer import CheckpointWriter
 
-__all__ = ["MergeJob", "Pieces", "run"]
+__all__ = ["MergeJob", "Starts", "run"]
 
 CHUNK = 16 * 2**20
 """Bytes per read: reads of one tensor are spread over the threads, and a stop is noticed between two of them."""
 
-Pieces = dict[str, tuple[dict[int, int], int]]
-"""Tensor name -> (checkpoint index -> where its bytes begin in the input ring, where the output begins in the output ring)."""
+Starts = dict[tuple[int, str], int]
+"""(Checkpoint index, tensor's name there) -> where its bytes begin in the input ring."""
 
-MergeJob = Callable[[TensorPlan, memoryview, dict[int, int], memoryview, int], None]
+MergeJob = Callable[[TensorPlan, memoryview, Starts, memoryview, int], None]
 
 
 class _Workers:
@@ -110,14 +110,14 @@ def _read(plan: Plan, jobs: list[Job], ring: Ring, workers: _Workers, threads: i
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="pymerge-read") as pool:
         for job in jobs:
             position = ring.take(job.bytes_in)
-            starts: dict[str, dict[int, int]] = {}
+            starts: dict[str, Starts] = {}
             reads = []
             for tensor in job.tensors:
-                infos = dict(tensor.inputs)
+                infos = {(index, info.name): info for index, info in tensor.inputs}
                 own = starts[tensor.output.name] = {}
-                for index, size in input_pieces(tensor).items():
-                    own[index] = position
-                    checkpoint, info = plan.checkpoints[index], infos[index]
+                for key, size in input_pieces(tensor).items():
+                    own[key] = position
+                    checkpoint, info = plan.checkpoints[key[0]], infos[key]
                     for begin in range(0, info.nbytes, CHUNK):
                         end = min(begin + CHUNK, info.nbytes)
                         reads.append((checkpoint, info, ring.view[position + begin : position + end], begin))

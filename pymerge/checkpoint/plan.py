@@ -19,9 +19,9 @@ from .compare import compare_tensors
 from .format import TensorInfo
 from .layout import Layout, OutputTensor, make_layout
 from .memory import Buffers, buffers_for
-from .reader import Checkpoint
 from .settings import resolve_parameters
 from .sources import Sources, open_sources
+from .store import TensorStore
 from .target import check_out
 from .writer import is_file_target
 
@@ -34,13 +34,16 @@ class TensorPlan:
 
     Attributes:
         output: its name, dtype and shape.
-        inputs: (index into ``Plan.checkpoints``, where it lies) for the base, if the method takes one, and then each model.
+        inputs: (index into ``Plan.checkpoints``, the tensor there) for the base, if there is one, and then each model. The names may
+            differ from the output's, and the number of inputs from tensor to tensor.
+        has_base: whether the first input is the base.
         parameters: keywords for the method.
         copied: it is not of numbers to merge (integers, booleans): it must be the same everywhere and is copied.
     """
 
     output: OutputTensor
     inputs: tuple[tuple[int, TensorInfo], ...]
+    has_base: bool
     parameters: dict[str, Any]
     copied: bool
 
@@ -52,9 +55,9 @@ class Plan:
     Attributes:
         recipe: what was asked for.
         method: of merging.
-        checkpoints: each checkpoint once, opened.
-        names: of the inputs of every tensor as the recipe writes them: the base, if the method takes one, and then each model.
-        has_base: whether the first input is the base.
+        checkpoints: each store of tensors once, opened.
+        names: of the checkpoints as the recipe writes them.
+        bases: indices of the checkpoints that deltas are taken from.
         tensors: in the order in which they are merged, that of the first checkpoint's files.
         layout: of the files to write.
         donor: the folder whose config and tokenizer are copied.
@@ -64,9 +67,9 @@ class Plan:
 
     recipe: Recipe
     method: Method
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[TensorStore, ...]
     names: tuple[str, ...]
-    has_base: bool
+    bases: frozenset[int]
     tensors: tuple[TensorPlan, ...]
     layout: Layout
     donor: Path | None
@@ -96,7 +99,7 @@ class Plan:
 
 
 def _distinct(inputs: tuple[tuple[int, TensorInfo], ...]) -> list[TensorInfo]:
-    return list({index: info for index, info in inputs}.values())
+    return list({(index, info.name): info for index, info in inputs}.values())
 
 
 def make_plan(
@@ -177,7 +180,7 @@ def _complete(
     if not problems:
         for name in names:
             inputs = tuple((index, sources.checkpoints[index].tensors[name]) for index in sources.inputs)
-            tensors.append(_tensor_plan(name, inputs, parameters.get(name, {}), recipe))
+            tensors.append(_tensor_plan(name, inputs, sources.has_base, parameters.get(name, {}), recipe))
         metadata = {"format": "pt", "pymerge_version": __version__, "pymerge_recipe": recipe.to_yaml()}
         layout = make_layout([t.output for t in tensors], shard_size, metadata, out.name if single else None)
     if out is not None:
@@ -188,8 +191,10 @@ def _complete(
         recipe=recipe,
         method=method,
         checkpoints=tuple(sources.checkpoints),
-        names=tuple(sources.names),
-        has_base=sources.has_base,
+        names=tuple(
+            sources.names[sources.inputs.index(i)] if i in sources.inputs else str(c.path) for i, c in enumerate(sources.checkpoints)
+        ),
+        bases=frozenset(sources.inputs[:1] if sources.has_base else ()),
         tensors=tuple(tensors),
         layout=layout,
         donor=None if single else sources.donor,
@@ -198,11 +203,13 @@ def _complete(
     )
 
 
-def _tensor_plan(name: str, inputs: tuple[tuple[int, TensorInfo], ...], parameters: dict[str, Any], recipe: Recipe) -> TensorPlan:
+def _tensor_plan(
+    name: str, inputs: tuple[tuple[int, TensorInfo], ...], has_base: bool, parameters: dict[str, Any], recipe: Recipe
+) -> TensorPlan:
     first = inputs[0][1]
     copied = not dtypes.is_merged(first.dtype)
     if copied:
         code = first.dtype
     else:
         code = recipe.out_dtype or recipe.dtype or dtypes.promote(info.dtype for _, info in inputs)
-    return TensorPlan(OutputTensor(name, code, first.shape), inputs, parameters, copied)
+    return TensorPlan(OutputTensor(name, code, first.shape), inputs, has_base, parameters, copied)

@@ -28,6 +28,7 @@ class Checkpoint:
         path: as given.
         folder: where config.json and the tokenizer lie, None for a single file outside any model folder.
         headers: one per file.
+        files: every file that the tensors' bytes depend on.
         tensors: name -> :class:`TensorInfo`, in the order of files and of the data in them.
         nbytes: of all tensors.
     """
@@ -37,6 +38,7 @@ class Checkpoint:
         self.folder = folder
         self.index = index
         self.headers = headers
+        self.files = tuple(header.file for header in headers)
         self.tensors: dict[str, TensorInfo] = {name: info for header in headers for name, info in header.tensors.items()}
         self.nbytes = sum(info.nbytes for info in self.tensors.values())
         self._by_file = {header.file: header for header in headers}

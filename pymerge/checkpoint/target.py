@@ -17,7 +17,7 @@ def check_out(out: Path, force: bool, nbytes: int, sources: Sources, problems: P
     """Add to `problems` what speaks against writing `nbytes` to `out`."""
     out = out.absolute()
     for checkpoint in sources.checkpoints:
-        clash = _clash(out.resolve(), checkpoint.path.resolve(), {header.file.resolve() for header in checkpoint.headers})
+        clash = _clash(out.resolve(), checkpoint.path.resolve(), {file.resolve() for file in checkpoint.files})
         if clash:
             problems.add_elsewhere(str(out), clash)
             return

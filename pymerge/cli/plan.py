@@ -63,9 +63,7 @@ def _as_dict(plan, tensors: bool) -> dict:
 
 
 def _inputs(plan) -> list[tuple[str, str, int]]:
-    indices = [index for index, _ in plan.tensors[0].inputs] if plan.tensors else []
-    roles = ["base" if i == 0 and plan.has_base else "model" for i in range(len(indices))]
-    return list(zip(plan.names, roles, indices, strict=True))
+    return [(name, "base" if index in plan.bases else "model", index) for index, name in enumerate(plan.names)]
 
 
 def _print(plan, tensors: bool) -> None:
@@ -74,7 +72,7 @@ def _print(plan, tensors: bool) -> None:
     click.echo(f"method   {plan.method.name}: {plan.method.summary}")
     for name, role, index in _inputs(plan):
         checkpoint = plan.checkpoints[index]
-        files = f"{len(checkpoint.headers)} file{'s' if len(checkpoint.headers) > 1 else ''}"
+        files = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) > 1 else ''}"
         click.echo(f"{role:<8} {name}  ({len(checkpoint.tensors)} tensors, {format_bytes(checkpoint.nbytes)} in {files})")
     copied = sum(t.copied for t in plan.tensors)
     click.echo(f"merge    {len(plan.tensors) - copied} tensors" + (f", copy {copied} that are not floating point" if copied else ""))
