@@ -65,8 +65,14 @@ MergePlan ToPlan(int64_t n, bool f64, const TensorArg& base, const std::vector<T
   if (plan.rescaled) Fill(options, "factors", models.size(), job.rescale);
   const auto selection = options["selection"].cast<std::vector<std::tuple<int64_t, int64_t>>>();
   plan.selected = !selection.empty();
-  if (plan.selected && selection.size() != models.size()) throw std::invalid_argument("selection: one row per model");
-  for (size_t m = 0; m < selection.size(); ++m) job.selection[m] = {std::get<0>(selection[m]), std::get<1>(selection[m]) - job.in.first};
+  const bool band = job.sparsify == Sparsify::kBand;
+  if (band ? selection.size() != 2 * models.size() : plan.selected && selection.size() != models.size()) {
+    throw std::invalid_argument("selection: one row per model, of a band two");
+  }
+  for (size_t i = 0; i < selection.size(); ++i) {
+    Selection& row = i < models.size() ? job.selection[i] : job.larger[i - models.size()];
+    row = {std::get<0>(selection[i]), std::get<1>(selection[i]) - job.in.first};
+  }
   return plan;
 }
 

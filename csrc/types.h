@@ -10,7 +10,7 @@ constexpr int64_t kChunk = 1 << 16;  // elements a thread takes at a time; a mul
 constexpr int64_t kSumBlock = 4096;  // elements per block of the summation tree (docs/arithmetic.md)
 
 enum class DType : int { kF32, kBF16, kF16, kF64 };
-enum class Sparsify : int { kNone, kMagnitude, kBernoulli };
+enum class Sparsify : int { kNone, kMagnitude, kBernoulli, kBand };
 enum class Vote : int { kNone, kMass, kCount };
 enum class ZeroVote : int { kPositive, kNegative, kDrop };
 enum class Divisor : int { kNone, kWeights, kCount };
@@ -54,6 +54,7 @@ struct MergeJob {
   double rescale[kMaxModels];
   double scale = 1.0;
   Selection selection[kMaxModels];  // cuts count from in.first
+  Selection larger[kMaxModels];  // of a band: the part of `selection` that is left out
   uint64_t keep_below[kMaxModels];  // a 32-bit draw below it keeps the element
   uint64_t seed = 0;
   uint32_t tensor_id = 0;

@@ -13,7 +13,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .conventions import kept_count
 from .reference import compute_dtype
 from .spec import MergeSpec, tensor_id
 
@@ -31,7 +30,7 @@ __all__ = [
 ]
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_SPARSIFY = {"none": 0, "magnitude": 1, "bernoulli": 2}
+_SPARSIFY = {"none": 0, "magnitude": 1, "bernoulli": 2, "band": 3}
 _VOTE = {"mass": 1, "count": 2}
 _ZERO_VOTE = {"positive": 0, "negative": 1, "drop": 2}
 _DIVISOR = {"none": 0, "weights": 1, "count": 2}
@@ -114,12 +113,20 @@ def _options(
         "tensor_id": tensor_id(name),
         "weights": list(spec.weights),
         "densities": list(spec.densities),
-        "counts": [kept_count(density, n, c.k) for density in spec.densities],
+        "counts": spec.counts(n)[0],
         "keep_below": [round(density * 2**32) for density in spec.densities],
         "factors": [] if factors is None else list(factors),
         "first": first,
         "selection": [] if selection is None else [tuple(row) for row in selection.tolist()],
     }
+
+
+def _band(base: Tensor | None, models: Sequence[Tensor], spec: MergeSpec, selection: Tensor | None) -> Tensor | None:
+    """`selection`, or a band's, whose two ends are two selections; the core finds a single one itself."""
+    if selection is not None or spec.sparsify != "band":
+        return selection
+    bases, rows = None if base is None else [base], [[x] for x in models]
+    return torch.cat([select(bases, rows, counts, spec.convention.tie_break) for counts in spec.counts(models[0].numel())])
 
 
 def merge(
@@ -135,7 +142,7 @@ def merge(
     first: int = 0,
 ) -> bool:
     """:func:`pymerge.reference.merge` into `out`; False when some delta is NaN or infinite. `first` is a multiple of 4096."""
-    options = _options(spec, out.numel(), name, selection, balance, factors, first)
+    options = _options(spec, out.numel(), name, _band(base, models, spec, selection), balance, factors, first)
     f64 = _wide([base, *models])
     return _core.merge(out.numel(), f64, _arg(base), [_arg(x) for x in models], _arg(out), options, torch.get_num_threads())
 
@@ -152,7 +159,7 @@ def vote_balance(
 ) -> int:
     """See :func:`pymerge.reference.vote_balance`."""
     n = models[0].numel()
-    options = _options(spec, n, name, selection, None, factors, first)
+    options = _options(spec, n, name, _band(base, models, spec, selection), None, factors, first)
     options["vote"] = _VOTE[spec.convention.vote]
     return _core.vote_balance(n, _wide([base, *models]), _arg(base), [_arg(x) for x in models], options, torch.get_num_threads())
 
@@ -169,7 +176,7 @@ def delta_sums(
 ) -> list[float]:
     """See :func:`pymerge.reference.delta_sums`; `first` is a multiple of 4096."""
     n = models[0].numel()
-    options = _options(spec, n, name, selection, None, None, first)
+    options = _options(spec, n, name, _band(base, models, spec, selection), None, None, first)
     f64 = _wide([base, *models])
     return _core.abs_sums(n, f64, _arg(base), [_arg(x) for x in models], options, list(sums), torch.get_num_threads())
 

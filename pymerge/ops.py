@@ -150,7 +150,8 @@ def _raise_if_not_finite(base: Tensor | None, models: Sequence[Tensor], name: st
 
 _SPEC_SCHEMA = (
     "Tensor? base, Tensor[] models, float[] weights, float[] densities, str sparsify, bool elect, str tie_break, str vote, "
-    "bool vote_weighted, str zero_vote, str divisor, str rescale, str k, float scale, int seed, str name, Tensor? selection"
+    "bool vote_weighted, str zero_vote, str divisor, str rescale, str k, float scale, int seed, "
+    "float[] gammas, str name, Tensor? selection"
 )
 
 _library = torch.library.Library("pymerge", "DEF")
@@ -171,17 +172,17 @@ def _spec_args(base, models, spec: MergeSpec, name: str, selection) -> tuple:
     seed = spec.seed - 2**64 if spec.seed >= 2**63 else spec.seed
     return (
         base, list(models), list(spec.weights), list(spec.densities), spec.sparsify, spec.elect, c.tie_break, c.vote, c.vote_weighted,
-        c.zero_vote, c.divisor, c.rescale, c.k, spec.scale, seed, name, selection,
+        c.zero_vote, c.divisor, c.rescale, c.k, spec.scale, seed, list(spec.gammas), name, selection,
     )  # fmt: skip
 
 
 def _spec_from_args(
-    weights, densities, sparsify, elect, tie_break, vote, vote_weighted, zero_vote, divisor, rescale, k, scale, seed
+    weights, densities, sparsify, elect, tie_break, vote, vote_weighted, zero_vote, divisor, rescale, k, scale, seed, gammas
 ) -> MergeSpec:
     convention = Convention(
         tie_break=tie_break, vote=vote, vote_weighted=vote_weighted, zero_vote=zero_vote, divisor=divisor, rescale=rescale, k=k
     )
-    return MergeSpec(tuple(weights), tuple(densities), sparsify, elect, convention, scale, seed % 2**64)
+    return MergeSpec(tuple(weights), tuple(densities), sparsify, elect, convention, scale, seed % 2**64, tuple(gammas))
 
 
 def _merge_impl(*args) -> Tensor:

@@ -18,10 +18,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .conventions import kept_count
 from .spec import MergeSpec, tensor_id
 
-__all__ = ["StreamedSelection", "abs_sums", "compute_dtype", "delta_sums", "dots", "lerp", "merge", "round_to", "select", "vote_balance"]
+__all__ = [
+    "StreamedSelection", "abs_sums", "compute_dtype", "delta_sums", "dots", "draws", "kept_by_magnitude", "lerp", "merge", "round_to",
+    "select", "vote_balance",
+]  # fmt: skip
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -155,7 +157,8 @@ class StreamedSelection:
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
 
 
-def _kept_by_magnitude(delta: Tensor, key: int, cut: int, first: int) -> Tensor:
+def kept_by_magnitude(delta: Tensor, key: int, cut: int, first: int = 0) -> Tensor:
+    """Which elements of a flat delta, which begins at element `first`, a row of :func:`select` keeps."""
     keys = _keys(delta)
     index = first + torch.arange(keys.numel(), device=keys.device)
     return (keys > key) | ((keys == key) & (index <= cut))
@@ -184,20 +187,15 @@ def philox_words(counter: list[Tensor], seed: int) -> list[Tensor]:
     return counter
 
 
-def philox(index: Tensor, tensor: int, model: int, seed: int) -> Tensor:
-    """The draw of each element, uniform in [0, 2**32), as int64.
+def draws(begin: int, end: int, tensor: int, model: int, seed: int, device: torch.device) -> Tensor:
+    """The draws of elements begin, ..., end - 1, uniform in [0, 2**32), as int64.
 
     key = seed; counter = (index >> 2 as two words, tensor id, model index); the draw is word index & 3 of the output.
     """
-    group = index >> 2
+    group = torch.arange(begin >> 2, (end + 3) >> 2, device=device)
     counter = [group & 0xFFFFFFFF, group >> 32, torch.full_like(group, tensor), torch.full_like(group, model)]
-    words = torch.stack(philox_words(counter, seed))
-    return words.gather(0, (index & 3).unsqueeze(0)).squeeze(0)
-
-
-def _kept_by_chance(like: Tensor, density: float, tensor: int, model: int, seed: int, first: int) -> Tensor:
-    index = first + torch.arange(like.numel(), device=like.device)
-    return philox(index, tensor, model, seed) < round(density * 2**32)
+    words = torch.stack(philox_words(counter, seed), dim=1).reshape(-1)
+    return words[begin & 3 :][: end - begin]
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
@@ -241,12 +239,15 @@ def _kept(deltas: Sequence[Tensor], spec: MergeSpec, name: str, selection: Tenso
     n = deltas[0].numel()
     if spec.sparsify == "bernoulli":
         ident = tensor_id(name)
-        return [_kept_by_chance(d, spec.densities[i], ident, i, spec.seed, first) for i, d in enumerate(deltas)]
-    if spec.sparsify == "magnitude":
+        bounds = [round(density * 2**32) for density in spec.densities]
+        return [draws(first, first + n, ident, i, spec.seed, deltas[0].device) < bound for i, bound in enumerate(bounds)]
+    if spec.sparsify in ("magnitude", "band"):
         if selection is None:
-            counts = [kept_count(density, n, spec.convention.k) for density in spec.densities]
-            selection = select(None, [[d] for d in deltas], counts, spec.convention.tie_break)
-        return [_kept_by_magnitude(d, key, cut, first) for d, (key, cut) in zip(deltas, selection.tolist(), strict=True)]
+            rows = [[d] for d in deltas]
+            selection = torch.cat([select(None, rows, counts, spec.convention.tie_break) for counts in spec.counts(n)])
+        chosen = [kept_by_magnitude(deltas[i % len(deltas)], key, cut, first) for i, (key, cut) in enumerate(selection.tolist())]
+        kept, larger = chosen[: len(deltas)], chosen[len(deltas) :]
+        return [inside & ~above for inside, above in zip(kept, larger, strict=True)] if larger else kept
     return [torch.ones_like(d, dtype=torch.bool) for d in deltas]
 
 
@@ -354,7 +355,8 @@ def merge(
         models: flat tensors [n].
         spec: what to compute.
         name: the tensor's name; decides the Bernoulli draws.
-        selection: result of :func:`select` with cuts that count from this tensor's first element, when the ranks are not this tensor's.
+        selection: result of :func:`select` with cuts that count from this tensor's first element, when the ranks are not this tensor's;
+            for a band the rows of the models' upper ends, which are left out, follow.
         balance: result of :func:`vote_balance` over the whole scope, when that is not this tensor.
         factors: what each model's kept deltas are multiplied with, when that does not follow from these elements.
         first: index in the tensor of the first element given here, when they are a slice of it.

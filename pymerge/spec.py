@@ -6,7 +6,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-from .conventions import Convention
+from .conventions import Convention, kept_count
 
 __all__ = ["MAX_MODELS", "MergeSpec", "tensor_id"]
 
@@ -25,11 +25,13 @@ class MergeSpec:
     Attributes:
         weights: one per model.
         densities: fraction kept, one per model, in [0, 1]; ignored when `sparsify` is ``"none"``.
-        sparsify: ``"none"``, ``"magnitude"`` (the k largest magnitudes) or ``"bernoulli"`` (each element with probability density).
+        sparsify: ``"none"``, ``"magnitude"`` (the k largest magnitudes), ``"band"`` (the k largest after the very largest) or
+            ``"bernoulli"`` (each element with probability density).
         elect: whether a sign is elected per element and only agreeing models are combined.
         convention: the details, see :class:`pymerge.Convention`. `scope` is the caller's business: a backend sees one tensor.
         scale: multiplies the combined delta.
         seed: 64-bit key of the Bernoulli draws.
+        gammas: fraction of the largest magnitudes that a band leaves out, one per model, in [0, 1].
     """
 
     weights: tuple[float, ...]
@@ -39,6 +41,7 @@ class MergeSpec:
     convention: Convention = Convention()
     scale: float = 1.0
     seed: int = 0
+    gammas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.weights)
@@ -55,10 +58,26 @@ class MergeSpec:
             raise ValueError(f"scale is {self.scale}; it must be finite")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must be between 0 and 2**64 - 1")
-        if self.sparsify not in ("none", "magnitude", "bernoulli"):
-            raise ValueError(f"sparsify is {self.sparsify!r}; choose 'none', 'magnitude' or 'bernoulli'")
+        if self.sparsify not in ("none", "magnitude", "band", "bernoulli"):
+            raise ValueError(f"sparsify is {self.sparsify!r}; choose 'none', 'magnitude', 'band' or 'bernoulli'")
+        if len(self.gammas) != (count if self.sparsify == "band" else 0):
+            raise ValueError(f"{len(self.gammas)} gammas for {count} models and sparsify {self.sparsify!r}; a band takes one per model")
+        for i, gamma in enumerate(self.gammas):
+            if not 0.0 <= gamma <= 1.0:
+                raise ValueError(f"gamma of model {i} is {gamma}; gamma is the fraction of the largest left out, between 0 and 1")
 
     @property
     def trims(self) -> bool:
         """Whether any element can be left out by magnitude."""
         return self.sparsify == "magnitude" and any(density < 1.0 for density in self.densities)
+
+    def counts(self, n: int) -> list[list[int]]:
+        """How many of `n` elements are among each model's largest: ``[kept]`` for ``"magnitude"``, ``[kept or larger, larger]`` for a band.
+
+        A band of k elements lies below the int(gamma * n) largest, and higher up where fewer than k elements are left there.
+        """
+        kept = [kept_count(density, n, self.convention.k) for density in self.densities]
+        if self.sparsify != "band":
+            return [kept]
+        larger = [min(int(gamma * n), n - k) for gamma, k in zip(self.gammas, kept, strict=True)]
+        return [[k + top for k, top in zip(kept, larger, strict=True)], larger]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .conventions import kept_count
 from .reference import compute_dtype
 from .spec import MergeSpec, tensor_id
 from .triton_kernels import combine as combine_kernels
@@ -55,20 +54,22 @@ def _row(job: MergeJob, spec: MergeSpec, factors: Sequence[float], selection: Se
         job.out.numel(), 0 if job.base is None else job.base.data_ptr(), job.out.data_ptr(), tensor_id(job.name), job.balance or 0,
         spec.seed - 2**64 if spec.seed >= 2**63 else spec.seed, bits_of(spec.scale, compute), bits_of(float(total) or 1.0, compute),
     ]  # fmt: skip
-    for x, weight, factor, (key, cut), density in zip(models, spec.weights, factors, selection, spec.densities, strict=True):
-        words += [x.data_ptr(), bits_of(weight, compute), bits_of(factor, compute), min(key, largest_key), cut, round(density * 2**32)]
+    ends = [(min(key, largest_key), cut) for key, cut in selection]
+    larger = ends[len(models) :] or [(0, 0)] * len(models)
+    rows = zip(models, spec.weights, factors, ends[: len(models)], spec.densities, larger, strict=True)
+    for x, weight, factor, end, density, left_out in rows:
+        words += [x.data_ptr(), bits_of(weight, compute), bits_of(factor, compute), *end, round(density * 2**32), *left_out]
     dtypes = (None if job.base is None else tl_dtype(job.base.dtype), *(tl_dtype(t.dtype) for t in (models[0], job.out)))
     return Row((*dtypes, tl_dtype(compute), aligned([job.base, job.out, *models])), words), models
 
 
 def _selection(job: MergeJob, spec: MergeSpec) -> list[tuple[int, int]]:
-    if spec.sparsify != "magnitude":
+    if spec.sparsify not in ("magnitude", "band"):
         return [(0, 0)] * len(job.models)
     selection = job.selection
     if selection is None:
-        counts = [kept_count(density, job.out.numel(), spec.convention.k) for density in spec.densities]
-        base = None if job.base is None else [job.base]
-        selection = select(base, [[x] for x in job.models], counts, spec.convention.tie_break)
+        base, rows = None if job.base is None else [job.base], [[x] for x in job.models]
+        selection = torch.cat([select(base, rows, counts, spec.convention.tie_break) for counts in spec.counts(job.out.numel())])
     return [tuple(row) for row in selection.tolist()]
 
 

@@ -12,9 +12,9 @@ from .sparsify import infinity_key, kept_by_chance, kept_by_magnitude, key_type,
 __all__ = ["combine", "combine_kernel"]
 
 # Words of a row: size, addresses of base and result, tensor id, balance of the votes, seed, scale, divisor without an election; then per
-# model address, weight, factor, selection (key, cut) and the bound of its draws.
+# model address, weight, factor, selection (key, cut), the bound of its draws and the selection that a band leaves out.
 ROW_HEADER = tl.constexpr(8)
-ROW_MODEL = tl.constexpr(6)
+ROW_MODEL = tl.constexpr(8)
 BALANCE_WORD = tl.constexpr(4)
 
 
@@ -45,8 +45,10 @@ def _combine_block(
         weight = scalar(tl.load(words + 1), COMPUTE)
         if RESCALED:
             delta = delta * scalar(tl.load(words + 2), COMPUTE)
-        if SPARSIFY == "magnitude":
+        if SPARSIFY == "magnitude" or SPARSIFY == "band":
             kept = kept_by_magnitude(key, tl.load(words + 3), tl.load(words + 4), first, lane)
+            if SPARSIFY == "band":
+                kept = kept & ~kept_by_magnitude(key, tl.load(words + 6), tl.load(words + 7), first, lane)
             delta = tl.where(kept, delta, 0.0)
         elif SPARSIFY == "bernoulli":
             kept = kept_by_chance(group, seed, tensor, m + tl.zeros([1], tl.uint32), tl.load(words + 5), [BLOCK])

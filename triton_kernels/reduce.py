@@ -64,8 +64,11 @@ def abs_sums_kernel(
             delta = delta - _load(tl.load(row + 1), index, n, BASE, COMPUTE)
         magnitude = tl.abs(delta).to(tl.float64)
         full += magnitude
-        if SPARSIFY == "magnitude":
-            kept = kept_by_magnitude(magnitude_key(delta), tl.load(words + 3), tl.load(words + 4), 0, index)
+        if SPARSIFY == "magnitude" or SPARSIFY == "band":
+            key = magnitude_key(delta)
+            kept = kept_by_magnitude(key, tl.load(words + 3), tl.load(words + 4), 0, index)
+            if SPARSIFY == "band":
+                kept = kept & ~kept_by_magnitude(key, tl.load(words + 6), tl.load(words + 7), 0, index)
         else:
             group = ((begin + step) >> 2) + tl.arange(0, LANES // 4)[None, :]
             model = m + tl.zeros([1, 1], tl.uint32)

@@ -21,6 +21,7 @@ struct Run {
   using Key = typename L::Key;
   int models;
   Key above[kMaxModels];  // kept by magnitude: key > above
+  Key larger[kMaxModels];  // left out of a band: key > larger
   R weight[kMaxModels];
   R unit[kMaxModels];  // what a kept model adds to the divisor
   R rescale[kMaxModels];
@@ -50,7 +51,7 @@ inline Run<L> MakeRun(const MergeJob& job) {
     run.rescale[m] = static_cast<R>(job.rescale[m]);
     run.rescaled |= run.rescale[m] != R(1);
     run.total += run.weight[m];
-    run.above[m] = -1;
+    run.above[m] = run.larger[m] = -1;
   }
   if (run.total == R(0)) run.total = R(1);
   return run;
@@ -75,6 +76,9 @@ inline typename L::Key MergeRun(const Run<L>& run, const T* base, const T* const
       if (run.rescaled) t = L::Mul(t, L::Set(run.rescale[m]));
       typename L::Mask kept{};
       if constexpr (kSparsify == Sparsify::kMagnitude) kept = L::Greater(key, L::SetKey(run.above[m]));
+      if constexpr (kSparsify == Sparsify::kBand) {
+        kept = L::AndNot(L::Greater(key, L::SetKey(run.above[m])), L::Greater(key, L::SetKey(run.larger[m])));
+      }
       if constexpr (kSparsify == Sparsify::kBernoulli) kept = L::FromBits(run.keep->word[m][i / 64] >> (i % 64));
       if constexpr (kSparsify != Sparsify::kNone) t = L::Where(kept, t);
       const Vec p = L::Mul(t, L::Set(run.weight[m]));
@@ -202,6 +206,7 @@ template <class L, Vote kVote, class T>
 typename L::Key MergeVoted(const MergeJob& job, Run<L>& run, bool direct, int64_t begin, int64_t end, int64_t* balance) {
   switch (job.sparsify) {
     case Sparsify::kMagnitude: return MergeSpan<L, kVote, Sparsify::kMagnitude, T>(job, run, direct, begin, end, balance);
+    case Sparsify::kBand: return MergeSpan<L, kVote, Sparsify::kBand, T>(job, run, direct, begin, end, balance);
     case Sparsify::kBernoulli: return MergeSpan<L, kVote, Sparsify::kBernoulli, T>(job, run, direct, begin, end, balance);
     case Sparsify::kNone: break;
   }
@@ -234,12 +239,15 @@ typename L::Key MergeRange(const MergeJob& job, int64_t begin, int64_t end, int6
   while (begin < end) {
     // A cut makes one comparison depend on the index; between cuts "key > key_m" or "key >= key_m" is all there is.
     int64_t stop = end;
-    if (job.sparsify == Sparsify::kMagnitude) {
+    const auto threshold = [&](const Selection& s) {
+      const Key key = s.key > KeyOf<typename L::Real>::kMax ? KeyOf<typename L::Real>::kMax : static_cast<Key>(s.key);
+      if (begin <= s.cut && s.cut + 1 < stop) stop = s.cut + 1;
+      return begin <= s.cut ? key - 1 : key;
+    };
+    if (job.sparsify == Sparsify::kMagnitude || job.sparsify == Sparsify::kBand) {
       for (int m = 0; m < run.models; ++m) {
-        const Selection& s = job.selection[m];
-        const Key key = s.key > KeyOf<typename L::Real>::kMax ? KeyOf<typename L::Real>::kMax : static_cast<Key>(s.key);
-        run.above[m] = begin <= s.cut ? key - 1 : key;
-        if (begin <= s.cut && s.cut + 1 < stop) stop = s.cut + 1;
+        run.above[m] = threshold(job.selection[m]);
+        if (job.sparsify == Sparsify::kBand) run.larger[m] = threshold(job.larger[m]);
       }
     }
     Key top;

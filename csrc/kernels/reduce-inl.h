@@ -55,18 +55,28 @@ struct BlockSum {
   }
 };
 
+// part[i] = magnitude[i] where element first + i, i < n, is in a selection, else 0.
+template <class R>
+inline void SelectedPart(const Selection& s, int64_t first, int64_t n, const R* magnitude, R* part) {
+  using Key = typename KeyOf<R>::Type;
+  const Key key = s.key > KeyOf<R>::kMax ? KeyOf<R>::kMax : static_cast<Key>(s.key);
+  const int64_t ties = s.cut + 1 - first < n ? s.cut + 1 - first : n;  // elements before it are kept at the threshold itself too
+  int64_t i = 0;
+  for (; i < ties; ++i) part[i] = BitCast<Key>(magnitude[i]) >= key ? magnitude[i] : R(0);
+  for (; i < n; ++i) part[i] = BitCast<Key>(magnitude[i]) > key ? magnitude[i] : R(0);
+}
+
 // part[i] = magnitude[i] where element first + i, i < n <= kSumBlock, is kept, else 0; first is a multiple of kSumBlock, n one of kSumLanes.
 template <class R>
 inline void KeptPart(const MergeJob& job, int model, int64_t first, int64_t n, const R* magnitude, R* part) {
-  using Key = typename KeyOf<R>::Type;
   using L = typename LanesFor<R>::Type;
-  if (job.sparsify == Sparsify::kMagnitude) {
-    const Selection& s = job.selection[model];
-    const Key key = s.key > KeyOf<R>::kMax ? KeyOf<R>::kMax : static_cast<Key>(s.key);
-    const int64_t ties = s.cut + 1 - first < n ? s.cut + 1 - first : n;  // elements before it are kept at the threshold itself too
-    int64_t i = 0;
-    for (; i < ties; ++i) part[i] = BitCast<Key>(magnitude[i]) >= key ? magnitude[i] : R(0);
-    for (; i < n; ++i) part[i] = BitCast<Key>(magnitude[i]) > key ? magnitude[i] : R(0);
+  if (job.sparsify == Sparsify::kMagnitude || job.sparsify == Sparsify::kBand) {
+    SelectedPart(job.selection[model], first, n, magnitude, part);
+    if (job.sparsify == Sparsify::kBand) {
+      alignas(64) R larger[kSumBlock];
+      SelectedPart(job.larger[model], first, n, magnitude, larger);
+      for (int64_t i = 0; i < n; ++i) part[i] = larger[i] != R(0) ? R(0) : part[i];
+    }
   } else {
     for (int64_t w = 0; w < n; w += 64) {
       const uint64_t bits = KeepBits(job.seed, job.tensor_id, static_cast<uint32_t>(model), job.keep_below[model], job.in.first + first + w);

@@ -56,7 +56,8 @@ HOSTILE = {
 
 def spec_of(models, sparsify, elect, density=0.3, scale=0.7, **convention):
     weights = tuple((1.0, 0.7, -0.4, 1.3)[i % 4] for i in range(models))
-    return MergeSpec(weights, (density,) * models, sparsify, elect, Convention(**convention), scale, seed=2**63 + 12345)
+    gammas = tuple((0.0, 0.1, 0.6, 0.9)[i % 4] for i in range(models)) if sparsify == "band" else ()
+    return MergeSpec(weights, (density,) * models, sparsify, elect, Convention(**convention), scale, seed=2**63 + 12345, gammas=gammas)
 
 
 def models_of(kind, n, count, dtype):

@@ -18,7 +18,7 @@ def check(base, models, spec, dtype, name="layer.weight"):
     assert_same_bits(out, reference.merge(base, models, spec, name=name, dtype=dtype))
 
 
-@pytest.mark.parametrize("sparsify", ["none", "magnitude", "bernoulli"])
+@pytest.mark.parametrize("sparsify", ["none", "magnitude", "band", "bernoulli"])
 @pytest.mark.parametrize("elect", [False, True])
 def test_every_length_from_0_to_1030(isa, sparsify, elect):
     torch.manual_seed(1)
@@ -28,7 +28,7 @@ def test_every_length_from_0_to_1030(isa, sparsify, elect):
         check(whole[0][:n], [whole[1][:n], whole[2][:n]], spec, torch.bfloat16)
 
 
-@pytest.mark.parametrize("sparsify", ["none", "magnitude", "bernoulli"])
+@pytest.mark.parametrize("sparsify", ["none", "magnitude", "band", "bernoulli"])
 def test_lengths_around_blocks_and_chunks(isa, sparsify):
     torch.manual_seed(2)
     for n in (4095, 4096, 4097, 65535, 65536, 65537, 131072 + 77):
@@ -37,7 +37,7 @@ def test_lengths_around_blocks_and_chunks(isa, sparsify):
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("sparsify", ["none", "magnitude", "bernoulli"])
+@pytest.mark.parametrize("sparsify", ["none", "magnitude", "band", "bernoulli"])
 def test_hostile_data(isa, dtype, kind, sparsify):
     torch.manual_seed(3)
     base, *models = models_of(kind, 1003, 4, dtype)
@@ -89,14 +89,16 @@ def test_every_choice_together(data):
     base = tensors[0] if data.draw(st.booleans()) else None
     choices = {k: data.draw(st.sampled_from(v)) for k, v in _CHOICES.items()}
     number = st.floats(-4, 4, allow_nan=False).map(lambda x: round(x, 3))
+    sparsify = data.draw(st.sampled_from(["none", "magnitude", "band", "bernoulli"]))
     spec = MergeSpec(
         tuple(data.draw(number) for _ in range(count)),
         tuple(data.draw(st.sampled_from([0.0, 1e-3, 0.29, 0.5, 0.9, 1.0])) for _ in range(count)),
-        data.draw(st.sampled_from(["none", "magnitude", "bernoulli"])),
+        sparsify,
         data.draw(st.booleans()),
         Convention(**choices),
         data.draw(number),
         data.draw(st.integers(0, 2**64 - 1)),
+        tuple(data.draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])) for _ in range(count)) if sparsify == "band" else (),
     )
     name = data.draw(st.text(max_size=8))
     for isa in native.available_isas():

@@ -25,7 +25,7 @@ def check(base, models, spec, dtype, name="layer.weight", **outside):
     assert_same_bits(out.cpu(), reference.merge(base, models, spec, name=name, dtype=dtype, **outside))
 
 
-@pytest.mark.parametrize("sparsify", ["none", "magnitude", "bernoulli"])
+@pytest.mark.parametrize("sparsify", ["none", "magnitude", "band", "bernoulli"])
 def test_small_lengths(sparsify):
     torch.manual_seed(1)
     whole = models_of("normal", 70, 3, torch.bfloat16)
@@ -33,7 +33,7 @@ def test_small_lengths(sparsify):
         check(whole[0][:n], [whole[1][:n], whole[2][:n]], spec_of(2, sparsify, n % 2 == 0), torch.bfloat16)
 
 
-@pytest.mark.parametrize("sparsify", ["none", "magnitude", "bernoulli"])
+@pytest.mark.parametrize("sparsify", ["none", "magnitude", "band", "bernoulli"])
 def test_lengths_around_blocks_and_chunks(sparsify):
     torch.manual_seed(2)
     for n in (BLOCK - 1, BLOCK, BLOCK + 1, CHUNK, CHUNK + 1):
@@ -49,6 +49,7 @@ def test_hostile_data(dtype, kind):
         ("none", True, "majority", "none"),
         ("magnitude", True, "drop", "none"),
         ("magnitude", False, "positive", "norm"),
+        ("band", True, "positive", "norm"),
         ("bernoulli", True, "positive", "density"),
     ):
         check(base, models, spec_of(3, sparsify, elect, zero_vote=zero_vote, rescale=rescale, divisor="count"), dtype)
@@ -87,14 +88,16 @@ def test_every_choice_together(data):
     tensors = [HOSTILE[k](n).to(d) for k, d in zip(kinds, dtypes, strict=False)]
     base = tensors[0] if data.draw(st.booleans()) else None
     number = st.floats(-4, 4, allow_nan=False).map(lambda x: round(x, 3))
+    sparsify = data.draw(st.sampled_from(["none", "magnitude", "band", "bernoulli"]))
     spec = MergeSpec(
         tuple(data.draw(number) for _ in range(count)),
         tuple(data.draw(st.sampled_from([0.0, 1e-3, 0.29, 0.5, 0.9, 1.0])) for _ in range(count)),
-        data.draw(st.sampled_from(["none", "magnitude", "bernoulli"])),
+        sparsify,
         data.draw(st.booleans()),
         Convention(**{k: data.draw(st.sampled_from(v)) for k, v in _CHOICES.items()}),
         data.draw(number),
         data.draw(st.integers(0, 2**64 - 1)),
+        tuple(data.draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])) for _ in range(count)) if sparsify == "band" else (),
     )
     name = data.draw(st.text(max_size=8))
     check(base, tensors[1:], spec, dtypes[-1], name)
