@@ -7,8 +7,9 @@ This module defines the arithmetic; the C++ and Triton backends return the same 
 * round once to nearest even at the store; subnormals are kept;
 * whole-tensor sums follow one fixed tree in fp64 that depends on element indices alone.
 
-Shapes do not matter here: every function sees flat, contiguous tensors. They may be a slice of a larger tensor, of which they are the elements
-from `first` on: then what depends on all of it (the selection, the rescaling factors, the balance of the votes) has to be given. Checking the input is the caller's business (`ops`, `tree`).
+Shapes do not matter here: every function sees flat, contiguous tensors. They may be a slice of a larger tensor, of which they are the
+elements from `first` on: then what depends on all of it (the selection, the rescaling factors, the balance of the votes) has to be given.
+Checking the input is the caller's business (`ops`, `tree`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The operators of :mod:`pymerge.ops` on slices of tensors that need not be in memory as a whole, for the engine that merges files.
 
-A slice is flat: elements `first`, `first` + 1, ... of a tensor in row-major order, `first` a multiple of ALIGNMENT. What depends on all of a
-tensor is gathered from its slices, in order, and then given to the merge of each; the results are those of the whole tensor, bit for bit.
+A slice is flat: elements `first`, `first` + 1, ... of a tensor in row-major order, `first` a multiple of ALIGNMENT. What depends on all of
+a tensor is gathered from its slices, in order, and then given to the merge of each; the results are those of the whole tensor, bit for bit.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from . import dtypes
 from .compare import compare_tensors
 from .format import TensorInfo
 from .layout import Layout, OutputTensor, make_layout
-from .memory import Buffers, buffers_for
+from .memory import Schedule, make_schedule
 from .settings import resolve_parameters
 from .sources import Sources, open_sources
 from .store import TensorStore
@@ -61,7 +61,6 @@ class Plan:
         tensors: in the order in which they are merged, that of the first checkpoint's files.
         layout: of the files to write.
         donor: the folder whose config and tokenizer are copied.
-        buffers: memory for tensors on their way.
         warnings: what looks like a mistake.
     """
 
@@ -73,8 +72,11 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     layout: Layout
     donor: Path | None
-    buffers: Buffers
     warnings: tuple[str, ...]
+
+    def schedule(self, memory: int | None = None) -> Schedule:
+        """The work, cut up to fit a memory budget; see :func:`pymerge.checkpoint.memory.make_schedule`."""
+        return make_schedule(self.tensors, self.method, self.recipe.dtype, memory)
 
     @property
     def bytes_read(self) -> int:
@@ -198,7 +200,6 @@ def _complete(
         tensors=tuple(tensors),
         layout=layout,
         donor=None if single else sources.donor,
-        buffers=buffers_for(tensors),
         warnings=tuple(problems.warnings),
     )
 

@@ -35,9 +35,28 @@ def resolve_parameters(recipe: Recipe, method: Method, sources: Sources, names: 
     resolved = {name: parameters.resolve(name, depths) for name in merged}
     parameters.report_missing(len(merged))
     parameters.warn_unused_filters(names)
+    _require_one_ranking(method, resolved, problems)
     if (before or not problems) and is_built_in(method) and not _has_none(method, resolved):
         _try_out(method, len(sources.merged), sources.has_base, resolved, problems)
     return resolved
+
+
+def _require_one_ranking(method: Method, resolved: dict[str, dict[str, Any]], problems: Problems) -> None:
+    """Tensors that are ranked together have to agree on how."""
+    if method.whole_model is None or problems:
+        return
+    try:
+        keys = {name: method.whole_model(**values) for name, values in resolved.items()}
+    except (ValueError, TypeError):  # is said when the values are tried out
+        return
+    together = {name: key for name, key in keys.items() if key is not None}
+    first = next(iter(together), None)
+    other = next((name for name in together if together[name] != together[first]), None)
+    if other is not None:
+        problems.add(
+            ("parameters",),
+            f"ranks over the whole model need the same densities and convention for all tensors; those of {first!r} and {other!r} differ",
+        )
 
 
 def _has_none(method: Method, resolved: dict[str, dict[str, Any]]) -> bool:

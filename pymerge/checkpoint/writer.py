@@ -79,6 +79,7 @@ class CheckpointWriter:
         self._token = secrets.token_hex(4)
         self.partial = self.out.with_name(f"{self.out.name}{PARTIAL}{self._token}")
         self._shard_of: dict[str, Shard] = {name: shard for shard in layout.shards for name in shard.offsets}
+        self._unwritten = {name: nbytes for shard in layout.shards for name, nbytes in shard.sizes.items()}
         self._left = {shard.file_name: len(shard.offsets) for shard in layout.shards}
         self._open: dict[str, int] = {}
         self._made: list[Path] = []
@@ -106,10 +107,14 @@ class CheckpointWriter:
         if not self._done:
             self._discard()
 
-    def write(self, name: str, data: memoryview) -> None:
-        """Write a tensor's bytes, all of them, once. A shard is flushed to disk when its last tensor is written."""
-        shard = self._shard_of.pop(name)
-        _write_all(self._fd(shard), data, shard.offsets[name])
+    def write(self, name: str, data: memoryview, start: int = 0) -> None:
+        """Write a tensor's bytes from its byte `start` on; in the end all, each once. A shard is flushed to disk when it is complete."""
+        shard = self._shard_of[name]
+        _write_all(self._fd(shard), data, shard.offsets[name] + start)
+        self._unwritten[name] -= len(data)
+        if self._unwritten[name]:
+            return
+        del self._shard_of[name]
         self._left[shard.file_name] -= 1
         if not self._left[shard.file_name]:
             self._finish(shard)

@@ -8,7 +8,7 @@ import click
 
 from ..checkpoint.sizes import parse_bytes
 
-__all__ = ["DTYPES", "as_json", "merge_options"]
+__all__ = ["DTYPES", "Size", "as_json", "merge_options"]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

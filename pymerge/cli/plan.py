@@ -49,7 +49,7 @@ def _as_dict(plan, tensors: bool) -> dict:
         "copied_tensors": sum(t.copied for t in plan.tensors),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "memory_bytes": plan.buffers.total + WORKSPACE,
+        "memory_bytes": plan.schedule().buffers.total + WORKSPACE,
         "files": [{"name": shard.file_name, "bytes": shard.size} for shard in plan.layout.shards],
         "config_from": str(plan.donor) if plan.donor else None,
         "warnings": list(plan.warnings),
@@ -81,7 +81,7 @@ def _print(plan, tensors: bool) -> None:
     files = shards[0].file_name if len(shards) == 1 else f"{len(shards)} files of at most {format_bytes(max(s.size for s in shards))}"
     dtypes = ", ".join(sorted({t.output.dtype for t in plan.tensors}))
     click.echo(f"write    {format_bytes(plan.bytes_written)} of {dtypes} in {files}")
-    buffers = plan.buffers.total
+    buffers = plan.schedule().buffers.total
     click.echo(f"memory   about {format_bytes(buffers + WORKSPACE)}, of which {format_bytes(buffers)} for tensors on their way")
     if plan.donor:
         click.echo(f"copy     config and tokenizer of {plan.donor}")

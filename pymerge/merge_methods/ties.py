@@ -44,9 +44,9 @@ def ties(
         density: fraction of each delta that is kept, in [0, 1]; a number or one per model.
         scale: multiplies the merged delta (the paper's lambda).
         convention: a preset's name or a :class:`pymerge.Convention`. ``"default"`` agrees with mergekit and ranks within each tensor;
-            ``"paper"`` ranks over the whole model, which has to fit in memory here; in recipes it need not. In a whole-model ranking one fp64 tensor makes every
-            tensor compute in fp64, and ``rescale="norm"`` still restores each tensor's own norm. For bare tensors the two scopes are the
-            same.
+            ``"paper"`` ranks over the whole model, which has to fit in memory (in recipes it need not). In a whole-model ranking one fp64
+            tensor makes every tensor compute in fp64, and ``rescale="norm"`` still restores each tensor's own norm. For bare tensors the
+            two scopes are the same.
         dtype: of the result; by default the common dtype of base and models, per tensor.
         out: tensors to write into, of the inputs' names and shapes, sharing no memory with them; returned.
         check_finite: refuse NaN and Inf in an input. Unchecked, a NaN has no sign and so agrees with nobody.
