@@ -29,7 +29,7 @@ namespace {
 
 constexpr int64_t kSmall = 1 << 12;  // up to here all keys are sorted out, without a sample
 constexpr int kDigit = 11;           // bits of a histogram's digit, among collected keys
-constexpr int kBinBits = 20;         // of the histogram that takes the place of collected keys
+constexpr int64_t kLeastBins = 1 << 16, kMostBins = 1 << 24;  // of the histogram that takes the place of collected keys
 
 // Index of the rank-th (from 1) key that equals `key`.
 template <class Key>
@@ -254,10 +254,12 @@ class Selector final : public StreamedSelection {
     }
     size_t BinOf(Key x) const { return static_cast<size_t>((static_cast<uint64_t>(x) - static_cast<uint64_t>(bracket.lo)) >> shift); }
 
-    void UseHistogram() {
+    // In the memory of `limit` keys.
+    void UseHistogram(int64_t limit) {
+      const int64_t bins = std::clamp(limit / static_cast<int64_t>(sizeof(int64_t) / sizeof(Key)), kLeastBins, kMostBins);
       const uint64_t range = static_cast<uint64_t>(bracket.hi) - static_cast<uint64_t>(bracket.lo);
       shift = 0;
-      while (range >> shift >> kBinBits) ++shift;
+      while (range >> shift >= static_cast<uint64_t>(bins)) ++shift;
       histogram.assign(static_cast<size_t>(range >> shift) + 1, 0);
     }
   };
@@ -292,7 +294,7 @@ class Selector final : public StreamedSelection {
     const auto inside =
         std::count_if(sample.begin(), sample.end(), [&](Key x) { return x >= bracket.lo && x <= bracket.hi && x != bracket.mid; });
     // Twice as many as expected fit: a sample errs, and its error costs a pass.
-    if (2 * static_cast<double>(inside) / size * static_cast<double>(n_) > static_cast<double>(limit_)) search->UseHistogram();
+    if (2 * static_cast<double>(inside) / size * static_cast<double>(n_) > static_cast<double>(limit_)) search->UseHistogram(limit_);
   }
 
   // Finds the key and, unless ties are all kept, the chunk where the last one kept lies; or else sets up the next pass.
@@ -341,7 +343,7 @@ class Selector final : public StreamedSelection {
   bool Narrow(Search* search, Key lo, Key hi, int64_t inside) const {
     search->bracket = {lo, lo, hi};
     search->histogram.clear();
-    if (inside > limit_ && lo < hi) search->UseHistogram();
+    if (inside > limit_ && lo < hi) search->UseHistogram(limit_);
     return false;
   }
 

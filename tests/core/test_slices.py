@@ -99,7 +99,7 @@ def test_lengths_around_the_units_of_work(isa):
         base, *models = (torch.randn(n).bfloat16() for _ in range(4))
         for sparsify in ("magnitude", "bernoulli"):
             spec = spec_of(3, sparsify, True, rescale="norm", zero_vote="majority")
-            assert check(spec, base, models, torch.bfloat16, [UNIT, 65536]).passes == (3 if sparsify == "magnitude" and n else 2)
+            assert check(spec, base, models, torch.bfloat16, [UNIT, 65536]).passes == (3 if sparsify == "magnitude" and n > 1 else 2)
 
 
 def test_several_tensors_rank_and_vote_together_in_the_order_of_their_names(isa):
@@ -151,7 +151,7 @@ def select_streamed(keys, counts, tie_break, limit, order=None):
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_selection_on_hostile_data_with_little_memory(isa, kind):
     torch.manual_seed(3)
-    for n in (4096, 4097, 33_333, 300_007):
+    for n in (4096, 33_333, 200_007):
         for dtype in (torch.float32, torch.float64):
             x = HOSTILE[kind](n).to(dtype)
             counts = sorted({0, 1, n // 5, n // 2, n - 1, n})
@@ -161,12 +161,15 @@ def test_selection_on_hostile_data_with_little_memory(isa, kind):
                     assert rows.tolist() == reference.select(None, [[x]] * len(counts), counts, tie_break).tolist()
 
 
-def test_selection_needs_one_pass_on_ordinary_data(isa):
+def test_selection_needs_one_pass_on_ordinary_data():
     torch.manual_seed(4)
-    base = torch.randn(1_000_003).bfloat16().float()
-    for x in (torch.randn(1_000_003), (base + torch.randn(1_000_003) * 1e-2).bfloat16().float() - base):
-        assert select_streamed(x, [200_000, 500_000], "first", 1 << 20)[1] == 1
-        assert select_streamed(x, [200_000, 500_000], "all", 0)[1] == 1  # a histogram, when there is no room for candidates
+    n = 2_000_003
+    base = torch.randn(n).bfloat16().float()
+    for x in (torch.randn(n), (base + torch.randn(n) * 1e-2).bfloat16().float() - base):
+        rows, passes = select_streamed(x, [n // 5, n // 2], "first", 1 << 20)
+        assert passes == 1 and rows.tolist() == native.select(None, [[x]] * 2, [n // 5, n // 2]).tolist()
+        rows, passes = select_streamed(x, [n // 5, n // 2], "all", 0)  # a coarse histogram, for lack of room for candidates
+        assert passes == 2 and rows.tolist() == native.select(None, [[x]] * 2, [n // 5, n // 2], "all").tolist()
 
 
 def test_a_sample_that_misleads_is_found_out(isa):
