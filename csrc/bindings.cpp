@@ -91,6 +91,12 @@ int64_t PyVoteBalance(int64_t n, bool f64, const TensorArg& base, const std::vec
   return VoteBalance(&plan, threads);
 }
 
+std::vector<std::tuple<int64_t, int64_t>> Rows(const std::vector<Selection>& selections) {
+  std::vector<std::tuple<int64_t, int64_t>> rows;
+  for (const Selection& s : selections) rows.emplace_back(s.key, s.cut);
+  return rows;
+}
+
 // tensors: (n, base, models) each.
 std::vector<std::tuple<int64_t, int64_t>> PySelect(const std::vector<std::tuple<int64_t, TensorArg, std::vector<TensorArg>>>& tensors,
                                                    bool f64, const std::vector<int64_t>& counts, bool tie_all, int threads) {
@@ -99,10 +105,8 @@ std::vector<std::tuple<int64_t, int64_t>> PySelect(const std::vector<std::tuple<
     in.push_back(ToDeltas(n, f64, base, models));
     if (models.size() != counts.size()) throw std::invalid_argument("one count per model");
   }
-  std::vector<std::tuple<int64_t, int64_t>> rows;
   py::gil_scoped_release release;
-  for (const Selection& s : Select(in, counts, tie_all, threads)) rows.emplace_back(s.key, s.cut);
-  return rows;
+  return Rows(Select(in, counts, tie_all, threads));
 }
 
 bool PyLerp(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, bool near_a, double weight, const TensorArg& out, int threads) {
@@ -163,6 +167,8 @@ void DefineStreamedSelection(py::module_& m) {
             s.Add({ToPart(n, first, f64, base, models)}, threads);
           },
           Unlocked())
+      .def("guesses", [](S& s, int threads) { return Rows(s.Guesses(threads)); })
+      .def("strayed", &S::Strayed)
       .def("end_pass", &S::EndPass, Unlocked())
       .def("lookups",
            [](const S& s) {
@@ -174,11 +180,7 @@ void DefineStreamedSelection(py::module_& m) {
            [](S& s, size_t lookup, int64_t n, int64_t first, bool f64, const TensorArg& base, const std::vector<TensorArg>& models) {
              s.Look(lookup, ToPart(n, first, f64, base, models));
            })
-      .def("rows", [](const S& s) {
-        std::vector<std::tuple<int64_t, int64_t>> rows;
-        for (const Selection& row : s.Result()) rows.emplace_back(row.key, row.cut);
-        return rows;
-      });
+      .def("rows", [](const S& s) { return Rows(s.Result()); });
 }
 
 // `options`: see pymerge.native_kl._options. Addresses of fp32 arrays; weight may be 0.

@@ -11,6 +11,7 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -108,7 +109,7 @@ class Selector final : public StreamedSelection {
   // `limit`: keys to collect per model, at most. `run`, `runs`: elements in a sampled run, and runs at most; `spread`: half the bracket's
   // width in standard deviations of a sample of independent elements.
   Selector(int64_t n, const std::vector<int64_t>& counts, bool tie_all, int64_t limit, int run, int64_t runs, double spread)
-      : kernels_(CurrentKernels()), n_(n), tie_all_(tie_all), limit_(std::max(limit, kSmall)), spread_(spread), result_(counts.size()) {
+      : kernels_(CurrentKernels()), n_(n), tie_all_(tie_all), limit_(std::max(limit, kSmall)), spread_(spread), result_(counts.size()), strayed_(counts.size()) {
     for (size_t m = 0; m < counts.size(); ++m) {
       if (counts[m] <= 0 || n == 0) {
         result_[m] = {std::numeric_limits<int64_t>::max(), -1};
@@ -140,6 +141,7 @@ class Selector final : public StreamedSelection {
   int Searched() const override { return static_cast<int>(searches_.size()); }
   const std::vector<FlatRange>& SampleRanges() const override { return ranges_; }
   const std::vector<Lookup>& Lookups() const override { return lookups_; }
+  const std::vector<int64_t>& Strayed() const override { return strayed_; }
   const std::vector<Selection>& Result() const override { return result_; }
 
   void Sample(const Deltas& part) override {
@@ -152,6 +154,13 @@ class Selector final : public StreamedSelection {
     const size_t used = sample.size();
     sample.resize(used + static_cast<size_t>(end - begin));
     kernels_.keys(part, searches_[search]->model, begin, end, sample.data() + used);
+  }
+
+  std::vector<Selection> Guesses(int threads) override {
+    BeginPass(threads);
+    std::vector<Selection> guesses = result_;
+    for (const auto& search : searches_) guesses[search->model] = {search->bracket.mid, n_ - 1};
+    return guesses;
   }
 
   void Add(const std::vector<Deltas>& parts, int threads) override {
@@ -202,6 +211,7 @@ class Selector final : public StreamedSelection {
     for (size_t s = 0; s < searches_.size(); ++s) {
       const Search& search = *searches_[s];
       if (!found[s]) {
+        strayed_[search.model] = n_;  // the guess was another pass's
         missed.push_back(std::move(searches_[s]));
       } else if (tie_all_) {
         result_[search.model] = {search.key, n_ - 1};
@@ -253,6 +263,9 @@ class Selector final : public StreamedSelection {
       for (int64_t i = 0; i < count; ++i) ++histogram[BinOf(keys[i])];
     }
     size_t BinOf(Key x) const { return static_cast<size_t>((static_cast<uint64_t>(x) - static_cast<uint64_t>(bracket.lo)) >> shift); }
+
+    // How many keys of the histogram, whose bins are single keys, are at least x.
+    int64_t Above(Key x) const { return std::accumulate(histogram.begin() + static_cast<ptrdiff_t>(BinOf(x)), histogram.end(), int64_t{0}); }
 
     // In the memory of `limit` keys.
     void UseHistogram(int64_t limit) {
@@ -314,7 +327,8 @@ class Selector final : public StreamedSelection {
     }
     if (search.k <= above) return Narrow(&search, hi + 1, kTop, n_);
     if (search.k > above + collected + equal) return Narrow(&search, 0, lo - 1, n_);
-    int64_t rank;  // of the k-th key among those equal to it, from 1
+    int64_t rank;           // of the k-th key among those equal to it, from 1
+    int64_t rank_ties = 0;  // how many those are, where it is known already
     if (!search.histogram.empty()) {
       search.histogram[search.BinOf(mid)] += equal;
       rank = search.k - above;
@@ -324,6 +338,7 @@ class Selector final : public StreamedSelection {
       const int64_t inside = search.histogram[bin];
       if (search.shift) return Narrow(&search, low, std::min<Key>(hi, static_cast<Key>(low + ((Key{1} << search.shift) - 1))), inside);
       search.key = low;
+      rank_ties = inside;
       if (!tie_all_ && low != mid) return Narrow(&search, low, low, 0);
     } else if (!complete) {
       return Narrow(&search, lo, hi, n_);
@@ -336,7 +351,22 @@ class Selector final : public StreamedSelection {
       rank = search.k - above - upper;
     }
     if (!tie_all_) search.lookup = FindTie(s, rank);
+    if (search.key != mid && strayed_[search.model] == 0) {
+      // Elements between the guess and the k-th key: the ranks of the guess's last element and of the key's.
+      const int64_t guessed = search.histogram.empty() ? above + upper + equal : search.Above(mid) + above;
+      if (!rank_ties) rank_ties = CountEqual(s, search.key);
+      strayed_[search.model] = std::abs(guessed - (search.k - rank + rank_ties));
+    }
     return true;
+  }
+
+  int64_t CountEqual(size_t s, Key key) const {
+    int64_t equal = 0;
+    for (size_t c = 0; c < chunks_.size(); ++c) {
+      const Counted<Key>& row = rows_[c * searches_.size() + s];
+      if (row.keys) equal += std::count(row.keys, row.keys + row.collected, key);
+    }
+    return equal;
   }
 
   // The next pass looks in [lo, hi], which is known to hold the k-th key, and `inside` keys at most.
@@ -397,6 +427,7 @@ class Selector final : public StreamedSelection {
   int64_t seen_ = 0;
   std::vector<Lookup> lookups_;
   std::vector<Selection> result_;
+  std::vector<int64_t> strayed_;
   std::unique_ptr<Workspace<Key>> own_;
   Workspace<Key>* workspace_ = nullptr;
 };
@@ -476,7 +507,7 @@ std::unique_ptr<StreamedSelection> StreamedSelection::Make(int64_t n, const std:
                                                            int64_t limit) {
   // Longer runs than in memory, since every one is a read of a file, which costs the same up to a page; their elements are less
   // independent, and a missed bracket costs another pass over the files, so it is wider.
-  constexpr int kRun = 64, kRuns = 4096;
+  constexpr int kRun = 256, kRuns = 4096;
   constexpr double kSpread = 10.0;
   if (f64) return std::make_unique<Selector<int64_t>>(n, counts, tie_all, limit, kRun, kRuns, kSpread);
   return std::make_unique<Selector<int32_t>>(n, counts, tie_all, limit, kRun, kRuns, kSpread);

@@ -39,11 +39,15 @@ class StreamedSelection {
   virtual int Searched() const = 0;
   virtual const std::vector<FlatRange>& SampleRanges() const = 0;
   virtual void Sample(const Deltas& part) = 0;
+  // After the sample: what will be kept, most likely, ties all included.
+  virtual std::vector<Selection> Guesses(int threads) = 0;
   virtual void Add(const std::vector<Deltas>& parts, int threads) = 0;
   virtual bool EndPass(int threads) = 0;
   virtual const std::vector<Lookup>& Lookups() const = 0;
   virtual void Look(size_t lookup, const Deltas& part) = 0;
   virtual const std::vector<Selection>& Result() const = 0;
+  // Per model: how many elements the guess and the result, if all ties are kept, do not have in common, or more.
+  virtual const std::vector<int64_t>& Strayed() const = 0;
 };
 
 // Threads worth waking for work that moves this many bytes.

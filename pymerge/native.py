@@ -223,6 +223,12 @@ class StreamedSelection:
     def add(self, base: Tensor | None, models: Sequence[Tensor], first: int) -> None:
         self._core.add(*self._part(base, models, first), torch.get_num_threads())
 
+    def guesses(self) -> Tensor:
+        return torch.tensor(self._core.guesses(torch.get_num_threads()), dtype=torch.int64).reshape(-1, 2)
+
+    def strayed(self) -> list[int]:
+        return self._core.strayed()
+
     def end_pass(self) -> bool:
         return self._core.end_pass(torch.get_num_threads())
 

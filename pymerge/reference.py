@@ -135,6 +135,14 @@ class StreamedSelection:
         for row, delta in zip(self._keys, _deltas(base, models, self._dtype), strict=True):
             row[first : first + len(delta)] = _keys(delta)
 
+    def guesses(self) -> Tensor:
+        """Once the sample was given: what :meth:`rows` is likely to be, ties all kept. Here no more is known than that all may be kept."""
+        return torch.tensor([(0, self._keys.shape[1] - 1)] * len(self._counts), dtype=torch.int64).reshape(-1, 2)
+
+    def strayed(self) -> list[int]:
+        """In the end, per model: how many elements the guess and the result (with all ties) do not have in common, at most."""
+        return [self._keys.shape[1]] * len(self._counts)
+
     def end_pass(self) -> bool:
         """Whether the thresholds are known now; if not, everything has to be added again.
 

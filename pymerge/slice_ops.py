@@ -119,6 +119,7 @@ class StreamedSelection:
         self.searched = self._impl.searched
         self.sample_ranges, self.lookups = self._impl.sample_ranges, self._impl.lookups
         self.end_pass, self.rows = self._impl.end_pass, self._impl.rows
+        self.guesses, self.strayed = self._impl.guesses, self._impl.strayed
 
     def sample(self, base: Tensor | None, models: Sequence[Tensor]) -> None:
         self._impl.sample(*_flat(base, models))

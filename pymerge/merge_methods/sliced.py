@@ -7,7 +7,7 @@ The engine calls, for each pass, :meth:`Sliced.begin`, :meth:`Sliced.add` for ev
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -90,6 +90,9 @@ MakeSliced = Callable[[Sequence[SlicedTensor], int], Sliced]
 class FusedSlices(Sliced):
     """The fused merge. One pass finds the thresholds, one the norms that rescaling restores, one who wins tied elections, where needed.
 
+    The winner is nearly always found on the way to the thresholds: the votes are counted with guessed ones, and the few elements which
+    those keep and the exact ones drop, or the other way round, can seldom turn the majority. Only if they could is there a pass for it.
+
     With several tensors ranks run over all of them, in the order of their names, and so does the majority: scope "model". Magnitudes of
     fp32 and fp64 compare only when both are fp64, so then one fp64 tensor makes all compute in it. Norms are each tensor's own.
     """
@@ -118,7 +121,8 @@ class FusedSlices(Sliced):
         searches = any(s.searched for s in self._selections)
         self._rescales = spec.sparsify != "none" and spec.convention.rescale == "norm"
         majority = spec.elect and spec.convention.zero_vote == "majority"
-        steps = ((searches, self._select), (self._rescales, self._add_sums), (majority, self._add_votes))
+        self._guesses = majority and searches and not self._rescales and spec.sparsify == "magnitude" and spec.convention.tie_break == "all"
+        steps = ((searches, self._select), (self._rescales, self._add_sums), (majority and not self._guesses, self._add_votes))
         self._steps = [add for needed, add in steps if needed]
         if self._selections and not searches:
             self._take_rows()
@@ -133,6 +137,8 @@ class FusedSlices(Sliced):
         for selection in self._selections:
             for name, ranges in self._by_tensor(selection.sample_ranges()):
                 selection.sample(*self._widened(*read(name, ranges)))
+        if self._guesses:
+            self._rows = self._selections[0].guesses().tolist()
 
     def add(self, number: int, name: str, first: int, base: Tensor | None, models: list[Tensor]) -> None:
         self._steps[number](name, first, *self._widened(base, models))
@@ -142,14 +148,17 @@ class FusedSlices(Sliced):
             return
         for selection in self._selections:
             while not selection.end_pass():
-                for name, tensor in self.tensors.items():
-                    for first in range(0, tensor.size, STEP):
-                        base, models = self._widened(*read(name, [(first, min(first + STEP, tensor.size))]))
-                        selection.add(base, models, self._start[name] + first)
+                for name, first, base, models in self._again(read):
+                    selection.add(base, models, self._start[name] + first)
             for i, (begin, end) in enumerate(selection.lookups()):
                 [(name, ranges)] = self._by_tensor([(begin, end)])
                 selection.look(i, *self._widened(*read(name, ranges)), begin)
+        turned = 2 * sum(self._selections[0].strayed())  # an election that turns from one side to the other counts for two
         self._take_rows()
+        if self._guesses and turned and abs(self._balance) <= turned:
+            self._balance = 0
+            for part in self._again(read):
+                self._add_votes(*part)
 
     def merge(self, name: str, first: int, base: Tensor | None, models: list[Tensor], out: Tensor, check_finite: bool) -> None:
         tensor = self.tensors[name]
@@ -162,6 +171,14 @@ class FusedSlices(Sliced):
     def _select(self, name, first, base, models) -> None:
         for selection in self._selections:
             selection.add(base, models, self._start[name] + first)
+        if self._guesses:
+            self._add_votes(name, first, base, models)
+
+    def _again(self, read: Read) -> Iterator[tuple[str, int, Tensor | None, list[Tensor]]]:
+        """Everything once more, outside the engine's passes."""
+        for name, tensor in self.tensors.items():
+            for first in range(0, tensor.size, STEP):
+                yield name, first, *self._widened(*read(name, [(first, min(first + STEP, tensor.size))]))
 
     def _add_sums(self, name, first, base, models) -> None:
         sums = self._sums.get(name, [0.0] * (2 * len(models)))

@@ -128,12 +128,14 @@ def test_what_is_read_how_often(models, short_slices):
     """Elementwise methods read once whatever the budget, TIES twice what does not fit; copied and small tensors are read once."""
     large = sum(4 * models["base"][name].nbytes for name in ("model.a.weight", "model.b.weight"))
     once = sum(4 * tensor.nbytes for tensor in models["base"].values())
+    ids = 4 * models["base"]["model.ids"].nbytes
     for recipe, budget, want in [
         (recipe_of("task_arithmetic", parameters={"weight": 1}), 200_000, once),
         (recipe_of("dare_ties", parameters={**WEIGHTED, "convention": "default"}), 200_000, once),
         (ties_of_all(), "1GB", once),
         (ties_of_all(), 200_000, once + large),
         (recipe_of("dare_ties", parameters=WEIGHTED), 200_000, once + large),
+        (ties_of_all(convention="paper"), 200_000, 2 * once - ids),
     ]:
         assert merge(recipe, "out", memory=budget, force=True).bytes_read == want
 

@@ -181,6 +181,38 @@ def test_a_sample_that_misleads_is_found_out(isa):
         assert rows.tolist() == reference.select(None, [[x]], [k]).tolist() and passes <= 3
 
 
+def test_how_far_a_guess_strayed(isa):
+    """Elements that the guess keeps and the result drops, or the other way round: the exact number after one pass."""
+    torch.manual_seed(7)
+    for x in (torch.randn(150_000), torch.randint(-40, 40, (150_000,)) / 64):
+        counts = [1, 15_000, 75_000, 149_999]
+        for limit in (0, 1 << 20):
+            selection = native.StreamedSelection(len(x), counts, "all", False, limit)
+            for begin, end in selection.sample_ranges():
+                selection.sample(None, [x[begin:end]] * len(counts))
+            guesses, passes = selection.guesses(), 0
+            while passes == 0 or not done:
+                selection.add(None, [x] * len(counts), 0)
+                done, passes = selection.end_pass(), passes + 1
+            keys = reference._keys(x)
+            for guess, row, strayed in zip(guesses.tolist(), selection.rows().tolist(), selection.strayed(), strict=True):
+                apart = int(((keys >= guess[0]) != (keys >= row[0])).sum())
+                assert apart == strayed or (passes > 1 and apart <= strayed)
+
+
+@pytest.mark.parametrize("favoured", [1.0, -1.0, 0.0])
+def test_the_majority_is_counted_with_guesses_and_again_where_they_could_be_wrong(favoured):
+    torch.manual_seed(8)
+    models = [torch.randn(100_000) + favoured for _ in range(3)]
+    spec = spec_of(3, "magnitude", True, tie_break="all", zero_vote="majority", vote_weighted=False, divisor="count")
+    counted = []
+    original = FusedSlices._again
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedSlices, "_again", lambda self, read: counted.append(1) or original(self, read))
+        assert check(spec, None, models, torch.float32).passes == 1
+    assert len(counted) == (favoured == 0.0)
+
+
 def test_selection_says_when_elements_are_missing():
     for module in (native, reference):
         selection = module.StreamedSelection(10_000, [100], "first", False, 1000)
