@@ -94,6 +94,7 @@ def cases() -> Iterator[Case]:
             "ties": {"SPARSIFY": "magnitude", "VOTE": "mass", "DIVISOR": "weights"},
             "ties_counted": {"SPARSIFY": "magnitude", "VOTE": "count", "DIVISOR": "count", "VOTE_WEIGHTED": False, "ZERO_VOTE": "majority"},
             "ties_drop": {"SPARSIFY": "magnitude", "VOTE": "count", "DIVISOR": "none", "ZERO_VOTE": "drop"},
+            "breadcrumbs_ties": {"SPARSIFY": "band", "VOTE": "mass"},
             "dare_linear": {"SPARSIFY": "bernoulli", "RESCALED": True},
             "dare_ties": {"SPARSIFY": "bernoulli", "RESCALED": True, "VOTE": "mass"},
             "vote_balance": {"SPARSIFY": "magnitude", "VOTE": "mass", "BALANCE_ONLY": True},
@@ -106,7 +107,7 @@ def cases() -> Iterator[Case]:
         together = {"TOGETHER": reduce.TOGETHER}
         short = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "fp64": "*fp64"}[label]
         yield Case("dots", label, reduce.dots_kernel, together, {0: short, 1: short, 2: "*fp64"})
-        for sparsify in ("magnitude", "bernoulli"):
+        for sparsify in ("magnitude", "band", "bernoulli"):
             constants = {**base, **together, "SPARSIFY": sparsify, "MODELS": 3}
             yield Case(f"abs_sums_{sparsify}", label, reduce.abs_sums_kernel, constants, {0: "*i64", 1: "*fp64"})
         chunked = {**base, **shape, "ALIGNED": True}

@@ -142,8 +142,8 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def _philox_masks(start: int, part: Weights, density: float) -> Tensor:
-    index = torch.arange(start, start + part.out.numel())
-    return torch.stack([(reference.philox(index, 0, i, SEED) < round(density * 2**32)).float() for i in range(len(part.models))])
+    stop, bound, device = start + part.out.numel(), round(density * 2**32), torch.device("cpu")
+    return torch.stack([(reference.draws(start, stop, 0, i, SEED, device) < bound).float() for i in range(len(part.models))])
 
 
 def _at_threshold(w: Weights, density: float) -> Tensor:

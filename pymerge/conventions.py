@@ -67,7 +67,7 @@ class Convention:
 
     @classmethod
     def preset(cls, name: str, method: str) -> Convention:
-        """The convention that preset `name` uses for `method` (``"ties"``, ``"dare_linear"`` or ``"dare_ties"``).
+        """The convention that preset `name` uses for `method` (``"ties"``, ``"dare_linear"``, ...).
 
         Raises:
             ValueError: no such preset, or the program it is named after does not define the method as one sparsify-and-merge step.
@@ -95,6 +95,7 @@ class Convention:
 _MERGEKIT = Convention()  # mergekit 0.1.5, merge_methods/generalized_task_arithmetic.py
 _MERGEKIT_DARE = _MERGEKIT.replace(divisor="none", rescale="norm")
 _DARE = _MERGEKIT.replace(divisor="none", rescale="density")  # Yu et al. 2024, eq. 2: delta / (1 - p)
+_BREADCRUMBS = {method: _MERGEKIT.replace(divisor="none", k="floor") for method in ("breadcrumbs", "breadcrumbs_ties")}
 _PAPER = Convention(  # Yadav et al. 2023 and its repository, src/utils/merge_utils.py
     scope="model", tie_break="all", vote="mass", vote_weighted=False, zero_vote="majority", divisor="count", rescale="none", k="paper"
 )
@@ -102,8 +103,22 @@ _PEFT = Convention(vote_weighted=False, divisor="count", k="floor")  # peft 0.21
 _SD_MECHA = Convention(tie_break="all", vote="count", vote_weighted=False, zero_vote="drop", divisor="count", k="complement")
 
 _PRESETS: dict[str, dict[str, Convention]] = {
-    "default": {"ties": _MERGEKIT, "dare_linear": _DARE, "dare_ties": _DARE},
-    "mergekit": {"ties": _MERGEKIT, "dare_linear": _MERGEKIT_DARE, "dare_ties": _MERGEKIT_DARE},
+    "default": {
+        "ties": _MERGEKIT,
+        "dare_linear": _DARE,
+        "dare_ties": _DARE,
+        **_BREADCRUMBS,
+        "della": _MERGEKIT.replace(rescale="density"),
+        "della_linear": _DARE,
+    },
+    "mergekit": {
+        "ties": _MERGEKIT,
+        "dare_linear": _MERGEKIT_DARE,
+        "dare_ties": _MERGEKIT_DARE,
+        **_BREADCRUMBS,
+        "della": _MERGEKIT.replace(rescale="norm"),
+        "della_linear": _MERGEKIT_DARE,
+    },
     "paper": {"ties": _PAPER, "dare_linear": _DARE},
     "peft": {
         "ties": _PEFT,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops, reference_kl
 
-__all__ = ["KINDS"]
+__all__ = ["KINDS", "check_choices"]
 
 KINDS = ("forward", "reverse", "jsd")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,9 +34,18 @@ _library.define(f"kl_divergence_backward_(Tensor(a!) student, Tensor teacher, {_
 # Arguments
 
 
-def _check(student: Tensor, teacher: Tensor, kind: str, beta: float, temperature: float, mask: Tensor | None) -> None:
+def check_choices(kind: str, beta: float, temperature: float) -> None:
+    """Raise ValueError for choices that no divergence has."""
     if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} does not exist; choose one of {', '.join(map(repr, KINDS))}")
+        raise ValueError(f"{kind!r} is no divergence; choose one of {', '.join(map(repr, KINDS))}")
+    if kind == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"beta is {beta}, not between 0 and 1: there jsd is 0 for all logits; use 'forward' or 'reverse'")
+    if not (0 < temperature < math.inf):
+        raise ValueError(f"temperature is {temperature}, not a positive number")
+
+
+def _check(student: Tensor, teacher: Tensor, kind: str, beta: float, temperature: float, mask: Tensor | None) -> None:
+    check_choices(kind, beta, temperature)
     if student.dim() == 0 or student.shape != teacher.shape:
         raise ValueError(
             f"student logits are {tuple(student.shape)}, teacher logits {tuple(teacher.shape)}: they must be [..., vocab] and of equal "
@@ -47,10 +56,6 @@ def _check(student: Tensor, teacher: Tensor, kind: str, beta: float, temperature
     for t in (student, teacher):
         if t.dtype not in _DTYPES:
             raise TypeError(f"logits of dtype {t.dtype}; supported: {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}")
-    if kind == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta is {beta}, not between 0 and 1: there jsd is 0 for all logits; use 'forward' or 'reverse'")
-    if not (0 < temperature < math.inf):
-        raise ValueError(f"temperature is {temperature}, not a positive number")
     if mask is not None:
         if mask.shape != student.shape[:-1]:
             raise ValueError(f"the mask is {tuple(mask.shape)}, the rows are {tuple(student.shape[:-1])}")

@@ -15,7 +15,7 @@ from .. import ops
 from ..finite import raise_if_not_finite
 from ..reference import compute_dtype, round_to
 
-__all__ = ["Flat", "check_inputs", "row_sums"]
+__all__ = ["Flat", "check_inputs", "choose", "row_sums"]
 
 PIECE = 1 << 20
 
@@ -88,17 +88,10 @@ class Flat:
         sums = [[0.0] * count for _ in range(count)]
         for at in self.pieces():
             deltas = self.deltas(at)
-            for i, j in [(i, j) for i in range(count) for j in range(i + 1, count)] or [(0, 0)]:
-                ii, jj, ij = ops.dots(deltas[i], deltas[j]).tolist()
-                sums[i][j] += ij
-                if j == i + 1:
-                    sums[i][i] += ii
-                    if j == count - 1:
-                        sums[j][j] += jj
-        for i in range(count):
-            for j in range(i):
-                sums[i][j] = sums[j][i]
-        return sums
+            for i in range(count):
+                for j in range(i, count):
+                    sums[i][j] += float(ops.dots(deltas[i], deltas[j])[2])
+        return [[sums[min(i, j)][max(i, j)] for j in range(count)] for i in range(count)]
 
     def row_gram(self) -> Tensor:
         """The same for each row: fp64 [models, models, rows], on the CPU."""
@@ -131,3 +124,16 @@ def row_sums(x: Tensor) -> Tensor:
         rest = x.shape[1] - half
         x = torch.cat([x[:, :rest] + x[:, half:], x[:, rest:half]], dim=1)
     return x[:, 0]
+
+
+def choose(condition: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """``torch.where(condition, x, y)``, y being +0 where it is not given, by masks of bits.
+
+    torch's own branches on every element of a CPU tensor, which takes fifteen times as long where neighbours differ.
+    """
+    integer = torch.int64 if x.dtype == torch.float64 else torch.int32
+    mask, bits = -condition.to(integer), x.view(integer)
+    if y is None:
+        return (bits & mask).view(x.dtype)
+    other = y.view(integer)
+    return (((bits ^ other) & mask) ^ other).view(x.dtype)

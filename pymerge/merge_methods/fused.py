@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,16 @@ from ..conventions import Convention, kept_count
 from ..spec import MergeSpec
 from ..tree import Paired
 
-__all__ = ["merge_models", "recipe_convention", "weights_that_sum"]
+__all__ = ["merge_each", "merge_models", "recipe_convention", "weights_that_sum"]
+
+
+def merge_each(pairs: Paired, tensor: Callable[..., Tensor], *, dtype: torch.dtype | None, out: Any, **arguments) -> Any:
+    """`tensor`, a registered method, with the same arguments for every tensor of the models."""
+
+    def merge_one(name: str, base: Tensor | None, models: list[Tensor], dtype: torch.dtype, to: Tensor | None) -> Tensor:
+        return tensor(base, models, name=name, dtype=dtype, out=to, **arguments)
+
+    return pairs.result(merge_one, dtype=dtype, out=out)
 
 
 def merge_models(pairs: Paired, spec: MergeSpec, *, dtype: torch.dtype | None, out: Any, check_finite: bool) -> Any:

@@ -65,6 +65,37 @@ models:
 parameters: {lambda: 1.2}
 dtype: float32
 """,
+    "breadcrumbs_ties": """
+merge_method: breadcrumbs_ties
+base_model: base
+models:
+- {model: a, parameters: {weight: 0.6, density: [0.9, 0.5], gamma: 0.01}}
+- {model: b, parameters: {weight: 0.3, density: 0.7, gamma: [0.0, 0.2]}}
+parameters: {lambda: 1.2, normalize: true}
+dtype: float32
+""",
+    "nuslerp": """
+merge_method: nuslerp
+base_model: base
+models:
+- {model: a, parameters: {weight: [0.2, 0.8]}}
+- {model: b, parameters: {weight: 0.5}}
+parameters: {nuslerp_flatten: false}
+dtype: float32
+""",
+    "multislerp": """
+merge_method: multislerp
+models:
+- {model: a, parameters: {weight: 0.6}}
+- {model: b, parameters: {weight: 0.3}}
+- {model: c, parameters: {weight: [0.1, 1.0]}}
+dtype: float32
+""",
+    "karcher": "merge_method: karcher\nmodels: [{model: a}, {model: b}, {model: c}]\nparameters: {tol: 1e-6}\ndtype: float32\n",
+    "model_stock": "merge_method: model_stock\nbase_model: base\nmodels: [{model: a}, {model: b}, {model: c}]\ndtype: float32\n",
+    "nearswap": "merge_method: nearswap\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: [0.001, 0.02]}\ndtype: float32\n",
+    "ram": "merge_method: ram\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {epsilon: 0.005}\ndtype: float32\n",
+    "sce": "merge_method: sce\nbase_model: base\nmodels: [{model: a}, {model: b}, {model: c}]\ndtype: float32\n",
 }
 
 

@@ -34,7 +34,9 @@ def public(method, *args, **kwargs):
 
 def test_names():
     assert pymerge.methods() == (
-        "dare_linear", "dare_ties", "linear", "model_soup", "passthrough", "slerp", "task_arithmetic", "ties", "wise_ft",
+        "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear", "karcher", "linear",
+        "magmax", "model_soup", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce", "slerp",
+        "task_arithmetic", "ties", "wise_ft",
     )  # fmt: skip
     for name in pymerge.methods():
         assert get_method(name).summary

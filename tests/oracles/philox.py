@@ -18,8 +18,11 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def keep_mask(n: int, density: float, seed: int, name: str, model: int) -> np.ndarray:
+    return keep_draws(n, seed, name, model) < np.uint64(round(density * 2**32))
+
+
+def keep_draws(n: int, seed: int, name: str, model: int) -> np.ndarray:
     tensor = int.from_bytes(hashlib.blake2s(name.encode()).digest()[:4], "little") if name else 0
     groups = np.arange(-(-n // 4), dtype=np.uint64)
     counter = np.stack([groups & 0xFFFFFFFF, groups >> np.uint64(32), np.full_like(groups, tensor), np.full_like(groups, model)])
-    draws = philox4x32(counter, (seed % 2**32, seed >> 32)).T.reshape(-1)[:n]
-    return draws.astype(np.uint64) < np.uint64(round(density * 2**32))
+    return philox4x32(counter, (seed % 2**32, seed >> 32)).T.reshape(-1)[:n].astype(np.uint64)
