@@ -190,8 +190,8 @@ def test_how_far_a_guess_strayed(isa):
             selection = native.StreamedSelection(len(x), counts, "all", False, limit)
             for begin, end in selection.sample_ranges():
                 selection.sample(None, [x[begin:end]] * len(counts))
-            guesses, passes = selection.guesses(), 0
-            while passes == 0 or not done:
+            guesses, passes, done = selection.guesses(), 0, False
+            while not done:
                 selection.add(None, [x] * len(counts), 0)
                 done, passes = selection.end_pass(), passes + 1
             keys = reference._keys(x)
