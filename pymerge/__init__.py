@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .checkpoint.adapters import merge_adapters
+    from .checkpoint.lora.extract import extract_lora
     from .checkpoint.merge import merge
     from .conventions import Convention, presets
     from .losses import kl_divergence
@@ -59,6 +61,7 @@ __all__ = [
     "della",
     "della_linear",
     "ema_update",
+    "extract_lora",
     "forward_transfer",
     "get_method",
     "greedy_soup",
@@ -68,6 +71,7 @@ __all__ = [
     "magmax",
     "make_replay_stream",
     "merge",
+    "merge_adapters",
     "methods",
     "model_soup",
     "model_stock",
@@ -87,6 +91,8 @@ __all__ = [
 
 # Everything is imported when it is first used, so that `pymerge --help` does not wait for torch.
 _HOME = {
+    "checkpoint.adapters": ("merge_adapters",),
+    "checkpoint.lora.extract": ("extract_lora",),
     "checkpoint.merge": ("merge",),
     "conventions": ("Convention", "presets"),
     "merge_methods.arcee_fusion": ("arcee_fusion",),

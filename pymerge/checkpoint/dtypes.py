@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BITS", "MERGED", "NAMES", "code_of", "is_merged", "name_of", "parse_dtype", "promote", "torch_dtype"]
+__all__ = ["BITS", "CHOICES", "MERGED", "NAMES", "code_of", "is_merged", "name_of", "parse_dtype", "promote", "torch_dtype"]
 
 BITS: dict[str, int] = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
@@ -24,7 +24,10 @@ NAMES: dict[str, str] = {
 MERGED = frozenset(NAMES)
 """Codes whose tensors are numbers to merge. All others (integers, booleans, scales, packed types) are copied when equal everywhere."""
 
-_CHOSEN = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+_CHOSEN = {name: code for code, name in NAMES.items()}
+
+CHOICES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
+"""The names of dtypes to choose from, as messages list them."""
 
 
 def is_merged(code: str) -> bool:

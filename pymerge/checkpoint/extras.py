@@ -15,7 +15,7 @@ from .format import CheckpointError, load_json, open_regular
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
-__all__ = ["COPIED", "config_with_dtype", "files_to_copy", "model_card", "read_config"]
+__all__ = ["COPIED", "config_with_dtype", "files_to_copy", "model_card", "read_config", "read_json", "to_json"]
 
 MAX_BYTES = 200_000_000
 
@@ -55,12 +55,21 @@ def read_config(folder: Path | None) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it is not a JSON object.
     """
-    if folder is None or not (folder / "config.json").is_file():
+    return None if folder is None else read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A small JSON file, None when there is none.
+
+    Raises:
+        CheckpointError: it is not a JSON object.
+    """
+    if not path.is_file():
         return None
-    config = load_json(read_small(folder / "config.json"), str(folder / "config.json"))
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: is not a JSON object")
-    return config
+    content = load_json(read_small(path), str(path))
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return content
 
 
 def config_with_dtype(raw: bytes, code: str) -> bytes:
@@ -68,7 +77,12 @@ def config_with_dtype(raw: bytes, code: str) -> bytes:
     config = json.loads(raw)
     if not _set_dtype(config, name_of(code)):
         return raw
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return to_json(config)
+
+
+def to_json(content: Any) -> bytes:
+    """A JSON file as model folders have them."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> bool:

@@ -12,6 +12,14 @@ __all__ = ["Layout", "find_files"]
 
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+PICKLED_SINGLE = "pytorch_model.bin"
+PICKLED_INDEX_SUFFIX = ".bin.index.json"
+PICKLED = (".bin", ".pt", ".pth")
+
+ADAPTER = frozenset(("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"))
+
+BESIDE = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state.pth")
+"""What a Trainer leaves in a model folder that is not the model."""
 
 
 @dataclass(frozen=True)
@@ -20,19 +28,21 @@ class Layout:
 
     Attributes:
         folder: where config.json and the tokenizer lie; None for a checkpoint that is one file.
-        files: the safetensors files.
+        files: the files with tensors.
         index: the index file, if any.
         weight_map: the index's name -> file name, if any.
+        pickled: the files are in PyTorch's format, not safetensors files.
     """
 
     folder: Path | None
     files: tuple[Path, ...]
     index: Path | None = None
     weight_map: Mapping[str, str] | None = None
+    pickled: bool = False
 
 
 def find_files(path: Path) -> Layout:
-    """The files of the checkpoint at `path`: a .safetensors file, an index file, or a folder with either.
+    """The files of the checkpoint at `path`: a .safetensors, .bin, .pt or .pth file, an index file, or a folder with either.
 
     Raises:
         CheckpointError: there is no checkpoint, it is ambiguous which one is meant, or its index is malformed.
@@ -43,37 +53,46 @@ def find_files(path: Path) -> Layout:
         raise CheckpointError(f"{path}: does not exist")
     if path.name.endswith(INDEX_SUFFIX):
         return _from_index(path)
+    if path.name.endswith(PICKLED_INDEX_SUFFIX):
+        return _from_index(path, pickled=True)
     if path.suffix == ".safetensors":
         return Layout(None, (path,))
-    raise CheckpointError(f"{path}: is neither a .safetensors file nor a folder with a checkpoint")
+    if path.suffix in PICKLED:
+        return Layout(None, (path,), pickled=True)
+    raise CheckpointError(f"{path}: is neither a .safetensors, .bin, .pt or .pth file nor a folder with a checkpoint")
 
 
 def _in_folder(folder: Path) -> Layout:
     names = sorted(entry.name for entry in folder.iterdir())
-    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    if SINGLE in names and SINGLE + ".index.json" in names:
-        raise CheckpointError(f"{folder}: holds both {SINGLE} and {SINGLE}.index.json; name the one you mean by its own path")
-    if SINGLE in names:
-        return Layout(folder, (folder / SINGLE,))
-    if SINGLE + ".index.json" in indices:
-        return _from_index(folder / (SINGLE + ".index.json"))
-    if len(indices) > 1:
+    if ADAPTER & set(names) and not {SINGLE, SINGLE + ".index.json", PICKLED_SINGLE, PICKLED_SINGLE + ".index.json"} & set(names):
+        raise CheckpointError(f"{folder}: is a LoRA adapter, not a model; name it together with its model (in a recipe: model+adapter)")
+    found = _one_kind(folder, names, SINGLE, INDEX_SUFFIX, (".safetensors",), pickled=False) or _one_kind(
+        folder, [name for name in names if name not in BESIDE], PICKLED_SINGLE, PICKLED_INDEX_SUFFIX, PICKLED, pickled=True
+    )
+    if found is None:
+        raise CheckpointError(f"{folder}: holds no {SINGLE}, no *{INDEX_SUFFIX} and no {PICKLED_SINGLE}")
+    return found
+
+
+def _one_kind(folder: Path, names: list[str], single: str, index_suffix: str, suffixes: tuple[str, ...], *, pickled: bool) -> Layout | None:
+    """The checkpoint that a folder has in one format, None when it has no file of it."""
+    indices = [name for name in names if name.endswith(index_suffix)]
+    index = single + ".index.json"
+    if single in names and index in names:
+        raise CheckpointError(f"{folder}: holds both {single} and {index}; name the one you mean by its own path")
+    if single in names:
+        return Layout(folder, (folder / single,), pickled=pickled)
+    if len(indices) > 1 and index not in indices:
         raise CheckpointError(f"{folder}: holds several indices ({', '.join(indices)}); name the one you mean by its own path")
     if indices:
-        return _from_index(folder / indices[0])
-    if "adapter_model.safetensors" in names:
-        raise CheckpointError(f"{folder}: is a LoRA adapter, not a model; adapters are not supported yet: merge it into its model first")
-    single = [name for name in names if name.endswith(".safetensors")]
-    if len(single) == 1:
-        return Layout(folder, (folder / single[0],))
-    if single:
-        raise CheckpointError(f"{folder}: holds {len(single)} .safetensors files, but neither {SINGLE} nor an index that lists them")
-    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-    hint = f"; convert {pickled[0]} to safetensors first (pickled files can run code when loaded and are not read)" if pickled else ""
-    raise CheckpointError(f"{folder}: holds no {SINGLE} and no *{INDEX_SUFFIX}{hint}")
+        return _from_index(folder / (index if index in indices else indices[0]), pickled)
+    files = [name for name in names if name.endswith(suffixes)]
+    if len(files) > 1:
+        raise CheckpointError(f"{folder}: holds {len(files)} {'/'.join(suffixes)} files, but neither {single} nor an index that lists them")
+    return Layout(folder, (folder / files[0],), pickled=pickled) if files else None
 
 
-def _from_index(index: Path) -> Layout:
+def _from_index(index: Path, pickled: bool = False) -> Layout:
     fd, info = open_regular(index)
     with open(fd, "rb") as file:
         if info.st_size > MAX_HEADER_BYTES:
@@ -85,18 +104,18 @@ def _from_index(index: Path) -> Layout:
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str):
             raise CheckpointError(f"{index}: weight_map[{name!r}] is not a file name")
-        _check_shard_name(file_name, index)
+        _check_shard_name(file_name, index, PICKLED if pickled else (".safetensors",))
     folder = index.parent
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(f"{index}: {len(missing)} of {len(names)} shards are missing, the first: {missing[0]}")
-    return Layout(folder, tuple(folder / name for name in names), index, weight_map)
+    return Layout(folder, tuple(folder / name for name in names), index, weight_map, pickled)
 
 
-def _check_shard_name(name: str, index: Path) -> None:
+def _check_shard_name(name: str, index: Path, suffixes: tuple[str, ...]) -> None:
     """A shard lies beside its index. (It may be a symbolic link: that is how the Hugging Face cache stores every file.)"""
     if "/" in name or "\\" in name or ":" in name or name in ("", ".", ".."):
         raise CheckpointError(f"{index}: shard {name!r} points outside the folder of the index")
-    if not name.endswith(".safetensors") or not name.isprintable():
-        raise CheckpointError(f"{index}: shard {name!r} is not the name of a .safetensors file")
+    if not name.endswith(suffixes) or not name.isprintable():
+        raise CheckpointError(f"{index}: shard {name!r} is not the name of a {' or '.join(suffixes)} file")

@@ -15,7 +15,7 @@ from pathlib import Path
 from .folder import find_files
 from .format import CheckpointError, Header, TensorInfo, identity_of, open_regular, read_header
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "check_range", "open_checkpoint"]
 
 MAX_OPEN_FILES = 16
 """Per checkpoint: 20 checkpoints of 200 shards must not run into the usual limit of 1024 descriptors."""
@@ -31,6 +31,7 @@ class Checkpoint:
         files: every file that the tensors' bytes depend on.
         tensors: name -> :class:`TensorInfo`, in the order of files and of the data in them.
         nbytes: of all tensors.
+        aliases: name -> the earlier name whose tensor is the same piece of memory; a safetensors file never has any.
     """
 
     def __init__(self, path: Path, folder: Path | None, index: Path | None, headers: list[Header]) -> None:
@@ -41,6 +42,7 @@ class Checkpoint:
         self.files = tuple(header.file for header in headers)
         self.tensors: dict[str, TensorInfo] = {name: info for header in headers for name, info in header.tensors.items()}
         self.nbytes = sum(info.nbytes for info in self.tensors.values())
+        self.aliases: dict[str, str] = {}
         self._by_file = {header.file: header for header in headers}
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._in_use: dict[int, int] = {}
@@ -52,11 +54,13 @@ class Checkpoint:
         Raises:
             CheckpointError: the file ended, changed since its header was read, or cannot be read.
         """
-        if start + len(target) > info.nbytes:
-            raise ValueError(f"{info.name!r} has {info.nbytes} bytes; {len(target)} from byte {start} were asked for")
+        check_range(info, target, start)
+        self._read_at(info, info.offset + start, target)
+
+    def _read_at(self, info: TensorInfo, position: int, view: memoryview) -> None:
+        """Fill `view` from a byte of the file that holds a tensor on."""
         fd = self._acquire(info.file)
         try:
-            position, view = info.offset + start, target
             while len(view):
                 count = os.preadv(fd, [view], position)
                 if count == 0:
@@ -107,8 +111,17 @@ class Checkpoint:
                     os.close(self._open.pop(file))
 
 
+def check_range(info: TensorInfo, target: memoryview, start: int) -> None:
+    """Raises ValueError when `target` is not a piece of the tensor from its byte `start` on."""
+    if start < 0 or start + len(target) > info.nbytes:
+        raise ValueError(f"{info.name!r} has {info.nbytes} bytes; {len(target)} from byte {start} were asked for")
+
+
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Open a checkpoint: a .safetensors file, a folder with model.safetensors or with shards and an index, or an index file.
+    """Open a checkpoint: a file, a folder with model.safetensors or with shards and an index, or an index file.
+
+    Files in PyTorch's own format (pytorch_model.bin, .pt, .pth) are read too, as data, never run; of a folder that has both kinds, the
+    safetensors files are taken.
 
     Raises:
         CheckpointError: there is none, or any of its files is malformed. Every header has been checked when this returns.
@@ -123,16 +136,22 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{str(path)!r}: cannot be opened: {error}") from None  # a null byte in the path
-    headers = [read_header(file) for file in layout.files]
+    folder = layout.folder or _model_folder(path)
+    if layout.pickled:
+        from .pickled import PickledCheckpoint  # torch is needed for these alone
+
+        checkpoint: Checkpoint = PickledCheckpoint(path, folder, layout.index, layout.files)
+    else:
+        checkpoint = Checkpoint(path, folder, layout.index, [read_header(file) for file in layout.files])
     if layout.weight_map is not None:
-        _check_index(layout.index, layout.weight_map, headers)
-    return Checkpoint(path, layout.folder or _model_folder(path), layout.index, headers)
+        _check_index(layout.index, layout.weight_map, checkpoint.headers)
+    return checkpoint
 
 
 def _model_folder(file: Path) -> Path | None:
     """The folder of a single file, when it is that of a model: the file is all there is of the weights in it."""
     folder = file.parent
-    return folder if (folder / "config.json").is_file() and len(list(folder.glob("*.safetensors"))) == 1 else None
+    return folder if (folder / "config.json").is_file() and len(list(folder.glob(f"*{file.suffix}"))) == 1 else None
 
 
 def _check_index(index: Path | None, weight_map, headers: list[Header]) -> None:

@@ -15,7 +15,7 @@ from .errors import explain
 
 __all__ = ["main"]
 
-COMMANDS = ("merge", "plan", "methods", "inspect", "report")
+COMMANDS = ("merge", "plan", "methods", "inspect", "lora", "report")
 
 HELP = """Merge the weights of neural networks that share a base: checkpoint files in, a checkpoint file out.
 

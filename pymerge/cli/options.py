@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import click
 
+from ..checkpoint.dtypes import CHOICES
 from ..checkpoint.sizes import parse_bytes
 
 __all__ = ["DTYPES", "Size", "as_json", "merge_options"]
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = CHOICES
 
 
 class Size(click.ParamType):
@@ -36,6 +37,7 @@ _MERGE_OPTIONS = (
     click.option("--dtype", type=click.Choice(DTYPES), help="Cast inputs to this first; overrides the recipe's dtype."),
     click.option("--out-dtype", type=click.Choice(DTYPES), help="Write this dtype; overrides the recipe's out_dtype."),
     click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Of random drops; overrides the recipe's seed."),
+    click.option("--download", is_flag=True, help="Fetch models named by hub id that are not in the Hugging Face cache."),
     click.option("-f", "--force", is_flag=True, help="Replace an existing OUT, once the new one is complete."),
 )
 

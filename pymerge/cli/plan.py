@@ -23,14 +23,15 @@ WORKSPACE = 350_000_000
 @merge_options
 @click.option("-t", "--tensors", is_flag=True, help="List every tensor with its parameters.")
 @as_json
-def command(recipe, out, shard_size, dtype, out_dtype, seed, force, tensors, as_json) -> None:
+def command(recipe, out, shard_size, dtype, out_dtype, seed, download, force, tensors, as_json) -> None:
     """Check RECIPE against the models it names, and OUT if given; show what would be read, merged and written, and the memory it takes.
 
     Reads headers only and writes nothing. Exits with 2 and lists every problem when the merge could not be done.
     """
     from ..checkpoint.plan import make_plan
 
-    with make_plan(recipe, out, shard_size=shard_size, force=force, dtype=dtype, out_dtype=out_dtype, seed=seed) as plan:
+    options = {"shard_size": shard_size, "force": force, "dtype": dtype, "out_dtype": out_dtype, "seed": seed, "download": download}
+    with make_plan(recipe, out, **options) as plan:
         if as_json:
             click.echo(json.dumps(_as_dict(plan, tensors), indent=2))
         else:

@@ -1,39 +1,93 @@
-"""From a model as a recipe names it to a path on disk."""
+"""From a model as a recipe names it to paths on disk."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 
+from .hub import hub_snapshot, is_hub_id
 from .problems import Path, Problems, did_you_mean
+from .reference import Location, ModelReference
 
-__all__ = ["locate"]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+__all__ = ["Located", "locate"]
 
 
-def locate(text: str, folder: FilePath | None, path: Path, problems: Problems) -> FilePath | None:
-    """The checkpoint that `text` means, None when there is none (which goes to `problems`).
+@dataclass(frozen=True)
+class Located:
+    """A checkpoint's path, and those of the adapters to add to it."""
+
+    path: FilePath
+    adapters: tuple[FilePath, ...] = ()
+
+
+def locate(
+    reference: ModelReference,
+    folder: FilePath | None,
+    path: Path,
+    problems: Problems,
+    download: bool = False,
+    named: Mapping[str, FilePath] | None = None,
+) -> Located | None:
+    """The files that `reference` means, None when there are none (which goes to `problems`).
 
     A relative path is looked up in the recipe's folder first, so that a recipe means the same wherever it is run from, and in the current
-    folder second. When both exist and differ the recipe's folder wins, with a warning. A path that exists is taken as it is, whatever
-    characters it has; only otherwise are '+' and '@' understood as mergekit's LoRA and revision marks.
+    folder second. When both exist and differ the recipe's folder wins, with a warning. What is no path is a hub id, looked up in the
+    Hugging Face cache and, with `download`, on the hub. Before all that, `named` knows the results of other recipes in the same file.
+    """
+    named = named or {}
+    try:
+        parts = reference.split(lambda text: text in named or bool(_existing(text, folder)[0]))
+    except ValueError as error:
+        problems.add(path, str(error))
+        return None
+    found = [
+        named[part.path] if part.revision is None and part.path in named else _locate_one(part, folder, path, problems, download)
+        for part in (parts.model, *parts.adapters)
+    ]
+    if None in found:
+        return None
+    return Located(found[0], tuple(found[1:]))
+
+
+def _existing(text: str, folder: FilePath | None) -> tuple[list[FilePath], list[FilePath]]:
+    """The candidates for a path that exist, and all of them.
+
+    Raises:
+        ValueError: it is no path.
     """
     if "\0" in text or not _is_text(text):
-        problems.add(path, f"{text!r} is not a path")
-        return None
+        raise ValueError(f"{text!r} is not a path")
     try:
         given = FilePath(text).expanduser()
         candidates = [given] if given.is_absolute() or folder is None else [folder / given, given]
-        existing = [candidate for candidate in candidates if candidate.exists()]
+        return [candidate for candidate in candidates if candidate.exists()], candidates
     except (OSError, RuntimeError) as error:
-        problems.add(path, f"{text!r} is not a usable path: {error}")
+        raise ValueError(f"{text!r} is not a usable path: {error}") from None
+
+
+def _locate_one(location: Location, folder: FilePath | None, path: Path, problems: Problems, download: bool) -> FilePath | None:
+    text = location.path
+    try:
+        existing, candidates = _existing(text, folder)
+    except ValueError as error:
+        problems.add(path, str(error))
         return None
-    if len(existing) == 2 and not existing[0].samefile(existing[1]):
-        problems.warn(path, f"{text!r} exists in the recipe's folder and in the current one; {existing[0]} is used")
     if existing:
+        if location.revision is not None:
+            problems.add(path, f"{text!r} is on this disk, and only models on the hub have revisions; leave out {location.revision!r}")
+            return None
+        if len(existing) == 2 and not existing[0].samefile(existing[1]):
+            problems.warn(path, f"{text!r} exists in the recipe's folder and in the current one; {existing[0]} is used")
         return existing[0]
-    problems.add(path, f"{text!r} does not exist{_hint(text, candidates)}")
+    if is_hub_id(text):
+        try:
+            return hub_snapshot(text, location.revision, download)
+        except LookupError as error:
+            if not candidates[0].parent.exists():  # otherwise a misspelt path is likelier
+                problems.add(path, f"{text!r} {error.args[0]}")
+                return None
+    problems.add(path, f"{text!r} does not exist{_hint(candidates)}")
     return None
 
 
@@ -46,12 +100,7 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _hint(text: str, candidates: list[FilePath]) -> str:
-    if "+" in text:
-        return f"; LoRA references (model+adapter) are not supported yet: merge the adapter into {text.split('+')[0]!r} first"
-    name = text.split("@")[0]
-    if _HUB_ID.fullmatch(name) and not candidates[0].parent.exists():
-        return f"; models are not downloaded: fetch it (`hf download {name} --local-dir FOLDER`) and give that folder"
+def _hint(candidates: list[FilePath]) -> str:
     for candidate in candidates:
         if candidate.parent.is_dir():
             near = did_you_mean(candidate.name, [entry.name for entry in candidate.parent.iterdir()])

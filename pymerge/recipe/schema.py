@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
-from .._version import __version__
-from ..checkpoint.dtypes import parse_dtype
+from ..checkpoint.dtypes import CHOICES, parse_dtype
+from .chat_templates import parse_chat_template
+from .entries import ModelEntry, ModuleEntry, SliceEntry, kind_of, parse_models, parse_modules, parse_parameters, parse_slices
 from .problems import Path, Problems, did_you_mean
+from .reference import ModelReference, parse_reference
 from .source import Source, read_source
+from .tokenizer import TokenizerSpec, parse_tokenizer, parse_tokenizer_source
 
 __all__ = ["ModelEntry", "Recipe", "load_recipe", "parse_recipe"]
 
-KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
-MODEL_KEYS = ("model", "parameters")
-NOT_YET = {
-    "slices": "list whole models under 'models'",
-    "modules": "list whole models under 'models'",
-    "tokenizer": "remove it: the tokenizer of the base model, or else of the first model, is copied",
-    "tokenizer_source": "remove it: the tokenizer of the base model, or else of the first model, is copied",
-    "chat_template": "remove it: the chat template of the base model, or else of the first model, is copied",
-}
+KEYS = (
+    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
+    "tokenizer_source", "tokenizer", "chat_template", "missing_tensors", "vocabulary", "name",
+)  # fmt: skip
+PARTS = ("models", "slices", "modules")
 
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """One item of ``models``: the path as written, and the parameters given with it, unchecked."""
-
-    model: str
-    parameters: dict[str, Any] = field(default_factory=dict)
+POLICIES = {"missing_tensors": ("error", "drop", "keep", "merge"), "vocabulary": ("error", "crop", "pad")}
 
 
 @dataclass(frozen=True)
@@ -41,20 +35,46 @@ class Recipe:
 
     Attributes:
         merge_method: name of the method.
-        models: in the order written.
-        base_model: path as written.
+        models, slices, modules: what is merged; one of the three.
+        base_model: as written.
         parameters: global ones, unchecked.
         dtype, out_dtype: safetensors codes ("BF16") or None.
+        tokenizer: of the output, from ``tokenizer`` or ``tokenizer_source``; None: the donor's, and no embedding is moved.
+        chat_template: "auto", a built-in one's name, or Jinja text; None: the donor's.
+        missing_tensors: what to do about a tensor that not all models have: "error", "drop" it, "keep" the first model's as it is, or
+            "merge" those that there are.
+        vocabulary: what to do about embeddings with different numbers of rows: "error", "crop" to the fewest or "pad" to the most.
+        name: of this merge, by which others in the same file use its result.
         folder: of the recipe's file; relative paths are looked up there first.
     """
 
     merge_method: str
-    models: tuple[ModelEntry, ...]
-    base_model: str | None = None
+    models: tuple[ModelEntry, ...] = ()
+    base_model: ModelReference | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
     folder: FilePath | None = None
+    slices: tuple[SliceEntry, ...] = ()
+    modules: dict[str, ModuleEntry] = field(default_factory=dict)
+    tokenizer: TokenizerSpec | None = None
+    chat_template: str | None = None
+    missing_tensors: str = "error"
+    vocabulary: str = "error"
+    name: str | None = None
+
+    def references(self) -> list[tuple[Path, ModelReference]]:
+        """Every place that names a model, and the model: the base first, then in the order of the recipe."""
+        found: list[tuple[Path, ModelReference | None]] = [(("base_model",), self.base_model)]
+        for path, part in [((), ModuleEntry(self.models, self.slices)), *((("modules", name), m) for name, m in self.modules.items())]:
+            found += [((*path, "models", i, "model"), entry.model) for i, entry in enumerate(part.models)]
+            for k, piece in enumerate(part.slices):
+                found += [((*path, "slices", k, "sources", i, "model"), entry.model) for i, entry in enumerate(piece.sources)]
+                found.append(((*path, "slices", k, "base_model"), piece.base_model))
+        if self.tokenizer:
+            found.append((("tokenizer", "source"), self.tokenizer.model))
+            found += [(("tokenizer", "tokens", token, "source"), spec.model) for token, spec in self.tokenizer.tokens.items()]
+        return [(path, reference) for path, reference in found if reference is not None]
 
     def replace(self, **changes) -> Recipe:
         """The same recipe with some fields changed."""
@@ -64,16 +84,22 @@ class Recipe:
         """The recipe in its format, keys in a fixed order, without what is not set."""
         from ..checkpoint.dtypes import name_of
 
-        models = [{"model": m.model, **({"parameters": m.parameters} if m.parameters else {})} for m in self.models]
         full = {
+            "name": self.name,
             "merge_method": self.merge_method,
-            "base_model": self.base_model,
-            "models": models,
+            "base_model": self.base_model and self.base_model.to_value(),
+            "models": [entry.to_value() for entry in self.models],
+            "slices": [entry.to_value() for entry in self.slices],
+            "modules": {name: entry.to_value() for name, entry in self.modules.items()},
             "parameters": self.parameters,
             "dtype": self.dtype and name_of(self.dtype),
             "out_dtype": self.out_dtype and name_of(self.out_dtype),
+            "tokenizer": self.tokenizer and self.tokenizer.to_value(),
+            "chat_template": self.chat_template,
+            "missing_tensors": None if self.missing_tensors == "error" else self.missing_tensors,
+            "vocabulary": None if self.vocabulary == "error" else self.vocabulary,
         }
-        return {key: value for key, value in full.items() if value not in (None, {})}
+        return {key: value for key, value in full.items() if value not in (None, {}, [])}
 
     def to_yaml(self) -> str:
         """The recipe as YAML: the same text for the same recipe, however it was written."""
@@ -106,92 +132,77 @@ def parse_recipe(source: Source, problems: Problems) -> Recipe:
     """What can be made of a recipe; everything wrong goes to `problems`. Parts that are wrong are left out."""
     data = source.data
     if not isinstance(data, Mapping):
-        problems.add((), f"a recipe is a mapping with the keys {', '.join(KEYS)}; this is {_kind(data)}")
+        problems.add((), f"a recipe is a mapping with the keys {', '.join(KEYS)}; this is {kind_of(data)}")
         data = {}
     else:
         _check_keys(data, problems)
     method = data.get("merge_method")
     if not isinstance(method, str):
         if isinstance(source.data, Mapping):
-            what = "is missing" if method is None else f"is {_kind(method)}; write the name of a method"
+            what = "is missing" if method is None else f"is {kind_of(method)}; write the name of a method"
             problems.add(("merge_method",), f"{what} (`pymerge methods` lists them)")
         method = ""
-    return Recipe(
+    parts = _parts(data, problems) if isinstance(source.data, Mapping) else Recipe("")
+    base = data.get("base_model")
+    return parts.replace(
         merge_method=method,
-        models=_models(data.get("models"), problems, isinstance(source.data, Mapping) and not {"slices", "modules"} & set(data)),
-        base_model=_model_path(data["base_model"], ("base_model",), problems) if data.get("base_model") is not None else None,
-        parameters=_parameters(data.get("parameters"), ("parameters",), problems),
+        base_model=None if base is None else parse_reference(base, ("base_model",), problems),
+        parameters=parse_parameters(data.get("parameters"), ("parameters",), problems),
         dtype=_dtype(data.get("dtype"), ("dtype",), problems),
         out_dtype=_dtype(data.get("out_dtype"), ("out_dtype",), problems),
         folder=source.folder,
+        tokenizer=_tokenizer(data, problems),
+        chat_template=parse_chat_template(data.get("chat_template"), ("chat_template",), problems),
+        name=parse_name(data.get("name"), ("name",), problems),
+        **{key: _policy(data.get(key), key, problems) for key in POLICIES},
     )
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "empty"
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list"
-    return repr(value)
 
 
 def _check_keys(data: Mapping, problems: Problems) -> None:
     for key in data:
-        if key in NOT_YET:
-            if data[key] is not None:
-                problems.add((key,), f"is not supported by pymerge {__version__} yet; {NOT_YET[key]}")
-        elif key not in KEYS:
-            hint = did_you_mean(key, (*KEYS, *NOT_YET)) or f"; a recipe has {', '.join(KEYS)}"
-            problems.add((key,), f"unknown key{hint}")
+        if key not in KEYS:
+            problems.add((key,), "unknown key" + (did_you_mean(key, KEYS) or "; a recipe has " + ", ".join(KEYS)))
 
 
-def _models(value: Any, problems: Problems, required: bool) -> tuple[ModelEntry, ...]:
+def _parts(data: Mapping, problems: Problems) -> Recipe:
+    """A recipe with what is merged."""
+    given = [key for key in PARTS if data.get(key) is not None]
+    if not given:
+        problems.add(("models",), "is missing; list the models to merge (or write 'slices' or 'modules')")
+        return Recipe("")
+    if len(given) > 1:
+        problems.add((given[1],), f"is given beside '{given[0]}'; a recipe has one of {', '.join(PARTS)}")
+    parse = {"models": parse_models, "slices": parse_slices, "modules": parse_modules}
+    return Recipe("", **{key: parse[key](data[key], (key,), problems) for key in given})
+
+
+def _tokenizer(data: Mapping, problems: Problems) -> TokenizerSpec | None:
+    source, full = data.get("tokenizer_source"), data.get("tokenizer")
+    if source is not None and full is not None:
+        problems.add(("tokenizer_source",), "is given beside 'tokenizer'; write it as the tokenizer's 'source'")
+    if full is not None:
+        return parse_tokenizer(full, ("tokenizer",), problems)
+    return None if source is None else parse_tokenizer_source(source, ("tokenizer_source",), problems)
+
+
+def _policy(value: Any, key: str, problems: Problems) -> str:
+    options = POLICIES[key]
     if value is None:
-        if required:
-            problems.add(("models",), "is missing; list the models to merge")
-        return ()
-    if not isinstance(value, list | tuple) or not value:
-        what = "an empty list" if value == [] else _kind(value)
-        problems.add(("models",), f"is {what}; write a list with an item '- model: PATH' for each")
-        return ()
-    entries = []
-    for i, item in enumerate(value):
-        path = ("models", i)
-        if not isinstance(item, Mapping):
-            problems.add(path, f"is {_kind(item)}; write '- model: PATH', and its parameters below")
-            continue
-        for key in item:
-            if key not in MODEL_KEYS:
-                hint = did_you_mean(key, MODEL_KEYS) or "; an item has 'model' and 'parameters'"
-                problems.add((*path, key), f"unknown key{hint}")
-        if item.get("model") is None:
-            problems.add((*path, "model"), "is missing; write the path of a checkpoint")
-            continue
-        model = _model_path(item["model"], (*path, "model"), problems)
-        entries.append(ModelEntry(model or "", _parameters(item.get("parameters"), (*path, "parameters"), problems)))
-    return tuple(entries) if len(entries) == len(value) else ()
-
-
-def _model_path(value: Any, path: Path, problems: Problems) -> str | None:
-    if isinstance(value, Mapping):
-        named = [key for key in ("lora", "override_architecture") if key in value] or ["a mapping"]
-        problems.add(path, f"{' and '.join(named)} cannot be given for a model yet; write the path of a checkpoint")
-        return None
-    if not isinstance(value, str) or not value:
-        problems.add(path, f"is {_kind(value)}; write the path of a checkpoint")
-        return None
+        return options[0]
+    if value not in options:
+        problems.add((key,), f"is {kind_of(value)}" + (did_you_mean(value, options) or "; choose " + ", ".join(options)))
+        return options[0]
     return value
 
 
-def _parameters(value: Any, path: Path, problems: Problems) -> dict[str, Any]:
+def parse_name(value: Any, path: Path, problems: Problems) -> str | None:
+    """A merge's name, which is that of its folder too."""
     if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        problems.add(path, f"is {_kind(value)}; write a mapping of names to values")
-        return {}
-    return dict(value)
+        return None
+    if not isinstance(value, str) or not re.fullmatch(r"[\w][\w .-]{0,99}", value) or value.endswith((".", " ", ".safetensors")):
+        problems.add(path, f"is {value!r}; write letters, digits, '_', '-' and '.': it becomes the name of a folder")
+        return None
+    return value
 
 
 def _dtype(value: Any, path: Path, problems: Problems) -> str | None:
@@ -199,6 +210,5 @@ def _dtype(value: Any, path: Path, problems: Problems) -> str | None:
         return None
     code = parse_dtype(value) if isinstance(value, str) else None
     if code is None:
-        options = ("float32", "bfloat16", "float16", "float64")
-        problems.add(path, f"{_kind(value)} is not a dtype{did_you_mean(value, options) or '; choose ' + ', '.join(options)}")
+        problems.add(path, f"{kind_of(value)} is not a dtype{did_you_mean(value, CHOICES) or '; choose ' + ', '.join(CHOICES)}")
     return code

@@ -11,7 +11,7 @@ from typing import Any
 
 from .problems import Path, Problem, RecipeError
 
-__all__ = ["Source", "read_source"]
+__all__ = ["Source", "read_source", "read_sources"]
 
 MAX_BYTES = 4_000_000
 MAX_VALUES = 200_000
@@ -38,10 +38,22 @@ def read_source(recipe: str | os.PathLike | Mapping) -> Source:
     """Read a recipe from a YAML file, a .json file, or take a mapping as it is.
 
     Raises:
+        RecipeError: the file cannot be read or parsed, or holds several recipes.
+    """
+    sources = read_sources(recipe)
+    if len(sources) > 1:
+        raise _failure(sources[0].label, None, f"holds {len(sources)} recipes, and one is wanted here; `pymerge merge` takes them all")
+    return sources[0]
+
+
+def read_sources(recipe: str | os.PathLike | Mapping) -> list[Source]:
+    """Every recipe of a file: a YAML file may hold several, one in each of its documents.
+
+    Raises:
         RecipeError: the file cannot be read or parsed.
     """
     if isinstance(recipe, Mapping):
-        return Source("recipe", None, recipe)
+        return [Source("recipe", None, recipe)]
     if not isinstance(recipe, str | os.PathLike):
         raise TypeError(f"recipe is a {type(recipe).__name__}; pass a path or a mapping")
     path = FilePath(recipe)
@@ -58,13 +70,10 @@ def read_source(recipe: str | os.PathLike | Mapping) -> Source:
     except UnicodeDecodeError as error:
         raise _failure(label, None, f"is not UTF-8 text (byte {error.start})") from None
     try:
-        if path.suffix == ".json":
-            data, lines = _parse_json(text, label), {}
-        else:
-            data, lines = _parse_yaml(text, label)
+        documents = [(_parse_json(text, label), {})] if path.suffix == ".json" else _parse_yaml(text, label)
     except RecursionError:
         raise _failure(label, None, "is nested too deep") from None
-    return Source(label, path.parent, data, lines)
+    return [Source(label, path.parent, data, lines) for data, lines in documents]
 
 
 def _failure(label: str, line: int | None, message: str) -> RecipeError:
@@ -85,17 +94,22 @@ def _parse_json(text: str, label: str) -> Any:
         raise _failure(label, error.lineno, f"is not valid JSON: {error.msg}") from None
 
 
-def _parse_yaml(text: str, label: str) -> tuple[Any, dict[Path, int]]:
+def _parse_yaml(text: str, label: str) -> list[tuple[Any, dict[Path, int]]]:
     import yaml
 
     try:
         loader = yaml.SafeLoader(text)
+        documents = []
         try:
-            node = loader.get_single_node()
-            reader = _NodeReader(loader, label)
-            return (None if node is None else reader.value(node, ())), reader.lines
+            while loader.check_node():
+                node = loader.get_node()
+                reader = _NodeReader(loader, label)
+                documents.append((reader.value(node, ()), reader.lines))
         finally:
             loader.dispose()
+        if len(documents) > 1:  # a separator with nothing behind it makes no recipe
+            documents = [document for document in documents if document[0] is not None]
+        return documents or [(None, {})]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise _failure(label, mark.line + 1 if mark else None, f"is not valid YAML: {error.problem or error.context}") from None

@@ -66,12 +66,13 @@ parameters:
         "r.yml:3: dytpe: unknown key; did you mean 'dtype'?",
         "r.yml:5: models[0].model: b lacks 1 tensor ('model.norm.weight') that a has; did you mean 'model.norm.wieght'?",
         "r.yml:5: models[0].model: b has 1 tensor ('model.norm.wieght') that a lacks",
-        "r.yml:5: models[0].model: 'lm_head.weight' is [41, 16] in b and [40, 16] in a",
+        "r.yml:5: models[0].model: 'lm_head.weight' is [41, 16] in b and [40, 16] in a; "
+        "'tokenizer_source' matches tokens, 'vocabulary' (crop or pad) only numbers of rows",
         "r.yml:6: models[0].parameters: 'weight' is required by 'ties' and is not given here nor in the global parameters",
         "r.yml:7: models[0].parameters.weigth: unknown parameter of 'ties'; did you mean 'weight'?",
         "r.yml:8: models[1].model: c.safetensors: truncated: header of 500 bytes announced, but the file has 10 bytes in all",
-        "r.yml:11: models[2].model: 'org/model-7B' does not exist; models are not downloaded: "
-        "fetch it (`hf download org/model-7B --local-dir FOLDER`) and give that folder",
+        "r.yml:11: models[2].model: 'org/model-7B' is no path here and not in the Hugging Face cache; "
+        "models are fetched only when asked for: --download (in Python, download=True) does it",
         "r.yml:11: models[2].parameters: 'weight' is required by 'ties' and is not given here nor in the global parameters",
         "r.yml:13: parameters.density: is 2; density is the fraction kept, between 0 and 1",
     ]
@@ -179,7 +180,7 @@ def test_relative_paths(tmp_path, monkeypatch):
 def test_hints_for_paths(tmp_path):
     two(tmp_path)
     found = problems_of(recipe_of("a+lora", "bb", "./nothing/here"))
-    assert "LoRA references (model+adapter) are not supported yet" in found[0]
+    assert "'lora' does not exist" in found[0]
     assert "'bb' does not exist; did you mean 'b'?" in found[1]
     assert "looked at" in found[2]
     assert [p[-14:] for p in problems_of(recipe_of("a\0b", "\ud800"))] == [" is not a path"] * 2

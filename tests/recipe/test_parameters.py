@@ -3,10 +3,9 @@
 import pytest
 
 from pymerge.merge_methods.registry import REQUIRED, Method, Parameter
-from pymerge.recipe import Problems, Recipe
+from pymerge.recipe import Problems
 from pymerge.recipe.layers import LayerDepths
 from pymerge.recipe.parameters import Parameters
-from pymerge.recipe.schema import ModelEntry
 from pymerge.recipe.values import convert
 
 METHOD = Method(
@@ -27,13 +26,13 @@ NAMES = ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"] + [
 ]
 
 
-def resolve(name, model_parameters=({}, {}), problems=None, names=NAMES, ignored=(), **given):
+def resolve(name, model_parameters=({}, {}), problems=None, names=NAMES, **given):
     found = Problems() if problems is None else problems
-    recipe = Recipe("m", tuple(ModelEntry(f"m{i}", p) for i, p in enumerate(model_parameters)), "base", given)
-    merged = [i for i in range(len(model_parameters)) if i not in ignored]
-    parameters = Parameters(METHOD, recipe, merged, ignored, found)
-    values = parameters.resolve(name, LayerDepths(names))
-    parameters.report_missing(1)
+    parameters = Parameters(METHOD, found)
+    own = [parameters.level(p, ("models", i, "parameters"), True) for i, p in enumerate(model_parameters)]
+    shared = [parameters.level(given, ("parameters",))]
+    values = parameters.resolve(name, LayerDepths(names).depth(name), shared, own, [name] * len(own))
+    parameters.report_missing()
     parameters.warn_unused_filters(names)
     if problems is None:
         found.raise_if_any()
@@ -160,11 +159,9 @@ def test_shared_parameter_with_a_model():
 
 def test_warnings():
     problems = Problems()
-    resolve(layer(0), [{"weight": 1}, {}], problems, weight=[{"filter": "mpl", "value": 1}, {"value": 2}], ignored=[0])
+    resolve(layer(0), [{"weight": 1}, {}], problems, weight=[{"filter": "mpl", "value": 1}, {"value": 2}])
     assert not problems
-    assert len(problems.warnings) == 2
-    assert "models[0].parameters: have no effect: this is the base model" in problems.warnings[0]
-    assert "filter 'mpl' is part of no tensor's name" in problems.warnings[1]
+    assert len(problems.warnings) == 1 and "filter 'mpl' is part of no tensor's name" in problems.warnings[0]
 
 
 def test_convert():

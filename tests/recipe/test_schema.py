@@ -38,8 +38,8 @@ def problems_of(text, tmp_path, name="r.yml"):
 def test_good(tmp_path):
     (tmp_path / "r.yml").write_text(GOOD)
     recipe = load_recipe(tmp_path / "r.yml")
-    assert recipe.merge_method == "ties" and recipe.base_model == "./base" and recipe.folder == tmp_path
-    assert [m.model for m in recipe.models] == ["./a", "./b"]
+    assert recipe.merge_method == "ties" and str(recipe.base_model) == "./base" and recipe.folder == tmp_path
+    assert [str(m.model) for m in recipe.models] == ["./a", "./b"]
     assert recipe.models[0].parameters == {"weight": 1}
     assert (recipe.dtype, recipe.out_dtype) == ("F32", "BF16")
 
@@ -67,36 +67,31 @@ models:
   - model: 7
 dtype: bf16
 slices: []
-tokenizer_source: union
+tokenizer_source: 3
+chat_template: chatlm
+missing_tensors: ignore
 normalize: true
 parameters: 3
 """
     assert problems_of(text, tmp_path) == [
         ":1: merge_metod: unknown key; did you mean 'merge_method'?",
         ":1: merge_method: is missing (`pymerge methods` lists them)",
-        ":2: base_model: is a list; write the path of a checkpoint",
+        ":2: base_model: is a list; write the path of a checkpoint or a hub id",
         ":5: models[0].parameter: unknown key; did you mean 'parameters'?",
         ":6: models[1].modle: unknown key; did you mean 'model'?",
         ":6: models[1].model: is missing; write the path of a checkpoint",
         ":7: models[2]: is './c'; write '- model: PATH', and its parameters below",
-        ":8: models[3].model: is 7; write the path of a checkpoint",
+        ":8: models[3].model: is 7; write the path of a checkpoint or a hub id",
         ":9: dtype: 'bf16' is not a dtype; did you mean 'bfloat16'?",
-        ":10: slices: is not supported by pymerge 0.1.0 yet; list whole models under 'models'",
-        ":11: tokenizer_source: is not supported by pymerge 0.1.0 yet; "
-        "remove it: the tokenizer of the base model, or else of the first model, is copied",
-        ":12: normalize: unknown key; a recipe has merge_method, base_model, models, parameters, dtype, out_dtype",
-        ":13: parameters: is 3; write a mapping of names to values",
+        ":10: slices: is given beside 'models'; a recipe has one of models, slices, modules",
+        ":10: slices: is an empty list; write a list with an item '- sources: [...]' for each",
+        ":11: tokenizer_source: is 3; write the path of a checkpoint or a hub id",
+        ":12: chat_template: is 'chatlm'; did you mean 'chatml'?",
+        ":13: missing_tensors: is 'ignore'; choose error, drop, keep, merge",
+        ":14: normalize: unknown key; a recipe has merge_method, base_model, models, slices, modules, parameters, dtype, out_dtype, "
+        "tokenizer_source, tokenizer, chat_template, missing_tensors, vocabulary, name",
+        ":15: parameters: is 3; write a mapping of names to values",
     ]
-
-
-@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "tokenizer_source", "chat_template"])
-def test_not_yet(tmp_path, key):
-    assert f":12: {key}: is not supported" in problems_of(GOOD + f"{key}: x\n", tmp_path)[0]
-
-
-def test_model_as_mapping(tmp_path):
-    text = "merge_method: linear\nmodels:\n- model: {model: {path: a}, lora: {path: b}}\n"
-    assert problems_of(text, tmp_path) == [":3: models[0].model: lora cannot be given for a model yet; write the path of a checkpoint"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +101,7 @@ def test_model_as_mapping(tmp_path):
         ("- a\n", ":1: a recipe is a mapping"),
         ("a: [\n", ":2: is not valid YAML"),
         ("a:\n\t- b\n", ":2: is not valid YAML"),
-        ("a: 1\n---\nb: 1\n", ":2: is not valid YAML: but found another document"),
+        ("a: 1\n---\nb: 1\n", ": holds 2 recipes, and one is wanted here"),
         ("models: []\nmodels: []\n", ":2: key 'models' occurs twice"),
         ("a: &x [*x]\n", ":1: contains itself"),
         ("[a]: 1\n", ":1: has a key that is a list"),
@@ -124,7 +119,12 @@ def test_not_a_recipe(tmp_path, text, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{\n ]", ":2: is not valid JSON"), ('{"a": 1, "a": 2}', "'a' occurs twice"), ("[" * 100_000, "nested too deep"), ("[]", "a list")],
+    [
+        ("{\n ]", ":2: is not valid JSON"),
+        ('{"a": 1, "a": 2}', "'a' occurs twice"),
+        ("[" * 100_000, "nested too deep"),
+        ("[]", "an empty list"),
+    ],
 )
 def test_bad_json(tmp_path, text, message):
     assert message in problems_of(text, tmp_path, "r.json")[0]

@@ -1,0 +1,142 @@
+"""A recipe whose models are all LoRA adapters: merged with each other into a new adapter."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+from ..recipe.problems import Problems, RecipeError, did_you_mean
+from ..recipe.source import Source, read_source
+from .lora.config import CONFIG
+
+if TYPE_CHECKING:
+    from .merge import MergeReport
+
+__all__ = ["is_adapter_recipe", "merge_adapter_recipe"]
+
+KEYS = ("merge_method", "models", "parameters", "dtype", "out_dtype")
+OWN = ("weight", "rank", "energy", "on")
+"""Parameters of merging adapters itself; all others are the method's."""
+
+
+def is_adapter_recipe(recipe: Any) -> bool:
+    """Whether every model of a recipe is a folder with an adapter. Whatever is wrong with the recipe otherwise, False."""
+    try:
+        if not isinstance(recipe, Mapping) and not FilePath(recipe).is_file():
+            return False  # a pipe can be read only once, and the plan has to read it
+        source = read_source(recipe)
+    except (RecipeError, TypeError, OSError, ValueError):
+        return False
+    folders = _folders(source)
+    return bool(folders) and all(folder is not None for folder in folders)
+
+
+def _folders(source: Source) -> list[FilePath | None]:
+    models = source.data.get("models") if isinstance(source.data, Mapping) else None
+    entries = models if isinstance(models, list) else []
+    return [_folder(entry.get("model") if isinstance(entry, Mapping) else None, source.folder) for entry in entries]
+
+
+def _folder(text: Any, folder: FilePath | None) -> FilePath | None:
+    """The adapter that a recipe's text means: looked up as models are, in the recipe's folder first."""
+    if not isinstance(text, str):
+        return None
+    try:
+        given = FilePath(text).expanduser()
+        candidates = [given] if given.is_absolute() or folder is None else [folder / given, given]
+        return next((path for path in candidates if (path / CONFIG).is_file()), None)
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+def merge_adapter_recipe(
+    recipe: str | os.PathLike | Mapping, out: str | os.PathLike, *, dtype: str | None = None, seed: int | None = None, force: bool = False
+) -> MergeReport:
+    """Merge the adapters that a recipe names, see :func:`pymerge.merge_adapters`.
+
+    The recipe has ``merge_method`` ("cat", "svd" or any other), ``models``, ``dtype`` of the result, and ``parameters``: ``weight`` (per
+    model too), ``rank``, ``energy``, ``on``, and those of the method. Values are plain: no gradients, no filters.
+
+    Args:
+        recipe: for which :func:`is_adapter_recipe` holds.
+        out: folder to make.
+        dtype, seed: override the recipe's.
+        force: replace an existing `out`.
+
+    Raises:
+        RecipeError: with everything that is wrong with the recipe.
+        CheckpointError, OSError: as :func:`pymerge.merge_adapters`.
+    """
+    from .adapters import merge_adapters
+    from .merge import MergeReport
+
+    began = time.perf_counter()
+    source = read_source(recipe)
+    problems = Problems(source.label, source.lines)
+    data = source.data
+    for key in data:
+        if key not in KEYS:
+            reason = (
+                "adapters are merged without their base; to merge adapted models name them base+adapter" if key == "base_model" else None
+            )
+            problems.add((key,), reason or f"unknown key{did_you_mean(key, KEYS)}; a recipe for adapters has {', '.join(KEYS)}")
+    parameters = _parameters(data, problems)
+    if seed is not None:
+        parameters["seed"] = seed
+    method = data.get("merge_method")
+    if not isinstance(method, str):
+        problems.add(("merge_method",), "is missing or no text; write cat, svd or the name of another method")
+    problems.raise_if_any()
+    weights = parameters.pop("weight", None)
+    own = {key: parameters.pop(key) for key in OWN if key in parameters}
+    asked = dtype or data.get("out_dtype") or data.get("dtype")
+    try:
+        report = merge_adapters(
+            _folders(source), out, method=method, weights=weights, parameters=parameters, dtype=asked, force=force, **own
+        )
+    except (ValueError, FileExistsError) as error:
+        if type(error) not in (ValueError, FileExistsError):  # CheckpointError and NonFiniteError speak for themselves
+            raise
+        if isinstance(error, FileExistsError):
+            problems.add_elsewhere(str(out), str(error).partition(": ")[2] or str(error))
+        else:
+            problems.add(("parameters",), str(error))
+        problems.raise_if_any()
+        raise
+    files = tuple(report.out / name for name in ("adapter_model.safetensors", CONFIG, "README.md"))
+    seconds = time.perf_counter() - began
+    return MergeReport(report.out, files, 2 * len(report.ranks), report.bytes_read, report.nbytes, seconds, report.warnings)
+
+
+def _parameters(data: Mapping, problems: Problems) -> dict[str, Any]:
+    """Parameters of all levels: one value, or a list with one per model where some model has its own."""
+    result = _plain(data.get("parameters"), ("parameters",), problems)
+    own = [_plain(entry.get("parameters"), ("models", i, "parameters"), problems) for i, entry in enumerate(data["models"])]
+    for i, entry in enumerate(data["models"]):
+        for key in entry:
+            if key not in ("model", "parameters"):
+                problems.add(("models", i, key), f"unknown key{did_you_mean(key, ('model', 'parameters'))}")
+    for key in dict.fromkeys(key for values in own for key in values):
+        if key in OWN and key != "weight":
+            problems.add(("parameters", key), "is for the whole merge; write it under the global parameters")
+        default = result.get(key, 1.0 if key == "weight" else None)
+        values = [values.get(key, default) for values in own]
+        if None in values:
+            problems.add(("models", values.index(None), "parameters", key), "is given for some models only; give it for all, or globally")
+        result[key] = values
+    return result
+
+
+def _plain(values: Any, path: tuple, problems: Problems) -> dict[str, Any]:
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        problems.add(path, "is not a mapping of names to values")
+        return {}
+    for key, value in values.items():
+        if isinstance(value, (list, tuple, Mapping)):
+            problems.add((*path, key), f"is {value!r}; adapters are merged with one value for all layers")
+    return {str(key): value for key, value in values.items() if not isinstance(value, (list, tuple, Mapping))}

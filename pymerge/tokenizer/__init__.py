@@ -1,0 +1,1 @@
+"""Tokenizers as files: reading their vocabularies, and writing one that has the tokens of several."""
