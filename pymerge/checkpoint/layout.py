@@ -32,13 +32,12 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its name, its first bytes (length and header), its size, where its tensors begin in it, and how long they are."""
+    """One file: its name, its first bytes (length and header), its size, and where its tensors begin, from the start of the file."""
 
     file_name: str
     head: bytes
     size: int
     offsets: dict[str, int]
-    sizes: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,4 @@ def _shard(file_name: str, tensors: Sequence[OutputTensor], metadata: Mapping[st
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"{file_name}: its header would have {len(text)} bytes, more than the {MAX_HEADER_BYTES} that readers accept")
     head = len(text).to_bytes(8, "little") + text
-    return Shard(
-        file_name,
-        head,
-        len(head) + position,
-        {name: len(head) + offset for name, offset in offsets.items()},
-        {t.name: t.nbytes for t in ordered},
-    )
+    return Shard(file_name, head, len(head) + position, {name: len(head) + offset for name, offset in offsets.items()})

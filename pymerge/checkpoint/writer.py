@@ -1,129 +1,235 @@
-"""Writing a checkpoint so that it appears under its name complete or not at all."""
+"""Writing a checkpoint so that it appears under its name complete or not at all, and so that what is done outlives the process."""
 
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from .journal import datasync
 from .layout import Layout, Shard
+from .partial import Partial, committed
+from .rename import sync_folder
+from .resume import ResumeError, difference
+from .sizes import format_bytes
+from .target import UNFINISHED, check_target, is_file_target
 
-__all__ = ["CheckpointWriter", "check_target", "leftovers"]
+__all__ = ["CheckpointWriter"]
 
-PARTIAL = ".partial-"
+SYNC_SECONDS = 5.0
+SYNC_BYTES = 2**30
+"""How much work a power cut may cost: what is done is flushed and recorded this often, beside the writing."""
 
-
-def is_file_target(out: Path) -> bool:
-    """Whether `out` names one .safetensors file rather than a folder."""
-    return out.suffix == ".safetensors"
-
-
-def leftovers(out: Path) -> list[Path]:
-    """Unfinished outputs beside `out` that a killed process left."""
-    return sorted(out.parent.glob(f"{_escaped(out.name)}{PARTIAL}*")) if out.parent.is_dir() else []
-
-
-def _escaped(name: str) -> str:
-    import glob
-
-    return glob.escape(name)
+MOST_OPEN = 64
+"""Files with tensors that were not flushed yet."""
 
 
-def check_target(out: Path, force: bool) -> str | None:
-    """What speaks against writing to `out`, None when nothing does."""
-    if not out.name:
-        return "is not a name for a new checkpoint"
-    ancestor = next(parent for parent in out.parents if parent.exists() or parent.is_symlink())
-    if not ancestor.is_dir():
-        return f"cannot be made: {ancestor} is not a folder"
-    if not os.access(ancestor, os.W_OK | os.X_OK):
-        return f"cannot be made: {ancestor} is not writable"
-    if out.is_symlink():
-        return "is a symbolic link; name the place that it points to"
-    if not out.exists():
-        return None
-    if is_file_target(out):
-        if not out.is_file():
-            return "exists and is not a file"
-        return None if force else "exists already; choose another name or replace it with --force"
-    if not out.is_dir():
-        return "exists and is not a folder"
-    entries = list(os.scandir(out))
-    if not entries:
-        return None
-    if not force:
-        return "exists already and is not empty; choose another name or replace it with --force"
-    # --force deletes a whole folder, so make sure that it is a checkpoint and not somebody's home.
-    if any(entry.is_dir(follow_symlinks=False) for entry in entries) or not any(e.name.endswith(".safetensors") for e in entries):
-        return "is not replaced: it holds folders, or no .safetensors file, so it does not look like a checkpoint; delete it yourself"
-    return None
+START_OVER = "to start over, merge with --force (force=True) and without resuming"
 
 
 class CheckpointWriter:
-    """Writes tensors at their final places in files under a temporary name, which :meth:`commit` renames.
+    """Writes tensors at their final places in files beside `out`, which :meth:`commit` gives their name.
 
-    Used as a context manager: whatever ends the block before the commit, an error or Ctrl-C, removes everything that was written.
+    Used as a context manager: whatever ends the block before the commit removes what was written, unless :meth:`keep` was called or it was
+    an earlier process that wrote it. A process that dies leaves it, see :mod:`pymerge.checkpoint.partial`; nothing there can be taken for a
+    checkpoint, because the header of a file is written when all of its tensors are on the disk.
 
     Args:
         out: folder to make, or a .safetensors file.
         layout: of everything that will be written.
-        force: replace an existing `out`, once the new one is complete.
+        force: replace an existing `out`, once the new one is complete; throw away an unfinished one.
+        resume: continue an unfinished one.
+        description: of what will be written, plain values for JSON. An unfinished output is continued where it is the same; one without
+            is thrown away.
+
+    Attributes:
+        done: names of the tensors that are on the disk.
+        committed: whether the output has its name.
+        warnings: what could not be made sure of.
     """
 
-    def __init__(self, out: str | os.PathLike, layout: Layout, *, force: bool = False) -> None:
+    def __init__(
+        self,
+        out: str | os.PathLike,
+        layout: Layout,
+        *,
+        force: bool = False,
+        resume: bool = False,
+        description: Mapping[str, Any] | None = None,
+    ) -> None:
         self.out = Path(out)
         self.layout = layout
         self.force = force
-        self._single = is_file_target(self.out)
-        self._token = secrets.token_hex(4)
-        self.partial = self.out.with_name(f"{self.out.name}{PARTIAL}{self._token}")
+        self.resume = resume
+        self.done: set[str] = set()
+        self.committed = False
+        self.records: list[dict[str, Any]] = []
+        self._description = dict(description or {})
+        self._partial = Partial(self.out)
         self._shard_of: dict[str, Shard] = {name: shard for shard in layout.shards for name in shard.offsets}
-        self._unwritten = {name: nbytes for shard in layout.shards for name, nbytes in shard.sizes.items()}
-        self._left = {shard.file_name: len(shard.offsets) for shard in layout.shards}
+        self._size = {name: size for shard in layout.shards for name, size in _sizes(shard)}
+        self._missing = dict(self._size)
         self._open: dict[str, int] = {}
         self._made: list[Path] = []
-        self._done = False
+        self._keep = False
+        self._lock = threading.Lock()  # guards the three below and `_open`
+        self._complete: list[str] = []
+        self._dirty: set[str] = set()
+        self._unsynced = 0
+        self._syncing = threading.Lock()
+        self._wake, self._stop = threading.Event(), False
+        self._failure: BaseException | None = None
+        self._syncer: threading.Thread | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._partial.warnings
 
     def __enter__(self) -> CheckpointWriter:
         try:
             self._make_parents()
-            if not self._single:
-                self.partial.mkdir()
-            for shard in self.layout.shards:
-                fd = self._fd(shard)
-                _write_all(fd, memoryview(shard.head), 0)
-                os.ftruncate(fd, shard.size)
-                if not shard.offsets:
-                    self._finish(shard)
-                elif len(self.layout.shards) > 1:
-                    os.close(self._open.pop(shard.file_name))
+            self.records = self._partial.open()
         except BaseException:
-            self._discard()
+            self._remove_parents()
             raise
+        self._keep = bool(self.records)  # what others left stays, whatever is wrong with us
+        try:
+            self._begin()
+        except BaseException:
+            self._leave()
+            raise
+        self._syncer = threading.Thread(target=self._sync_now_and_then, name="pymerge-sync", daemon=True)
+        self._syncer.start()
         return self
 
+    def _begin(self) -> None:
+        if committed(self.out, self.records):
+            if self.resume and difference(self.records[0]["begun"], self._description) is None:
+                self.committed = True
+                self.done = set(self._size)
+                return
+            self._start_over()
+        problem = check_target(self.out, self.force)
+        if problem:
+            raise FileExistsError(f"{self.out}: {problem}")
+        if self.records and self.resume:
+            reason = difference(self.records[0]["begun"], self._description)
+            if reason:
+                raise ResumeError(f"{self._partial.folder}: cannot be continued: {reason}; {START_OVER}")
+        elif self.records:
+            if self.records[0]["begun"] and not self.force:  # without a description nobody could continue it
+                raise FileExistsError(f"{self._partial.folder}: {UNFINISHED}")
+            self._start_over()
+        if not self.records:
+            self._partial.journal.append({"begun": self._description})
+        self._partial.content.mkdir(exist_ok=True)
+        recorded: set[str] = set()
+        for record in self.records:
+            recorded = recorded.union(record.get("done", ())).difference(record.get("lost", ()))
+        for shard in self.layout.shards:
+            self._prepare(shard, recorded)
+        sync_folder(self._partial.content)
+        self._keep = bool(self.done)  # also when Ctrl-C comes before keep() or discard() can be called
+
+    def _start_over(self) -> None:
+        self._partial.clear()
+        self.records = []
+        self._keep = False
+
+    def _prepare(self, shard: Shard, recorded: set[str]) -> None:
+        """Make a shard's file, or trust what is in it as far as the journal does."""
+        fd = os.open(self._path(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            done = recorded.intersection(shard.offsets)
+            finished = len(done) == len(shard.offsets) and os.pread(fd, len(shard.head), 0) == shard.head
+            if os.fstat(fd).st_size != shard.size or (len(done) == len(shard.offsets) and not finished):
+                if done:  # somebody or something has been at it
+                    self._partial.journal.append({"lost": sorted(done)})
+                    done = set()
+                _truncate(fd, shard.size, self._path(shard))
+        finally:
+            os.close(fd)
+        self.done.update(done)
+        if not shard.offsets:
+            self._finish(shard)
+
     def __exit__(self, *_) -> None:
-        if not self._done:
-            self._discard()
+        self._stop_syncing()
+        self._leave()
 
     def write(self, name: str, data: memoryview, start: int = 0) -> None:
-        """Write a tensor's bytes from its byte `start` on; in the end all, each once. A shard is flushed to disk when it is complete."""
-        shard = self._shard_of[name]
-        _write_all(self._fd(shard), data, shard.offsets[name] + start)
-        self._unwritten[name] -= len(data)
-        if self._unwritten[name]:
-            return
-        del self._shard_of[name]
-        self._left[shard.file_name] -= 1
-        if not self._left[shard.file_name]:
-            self._finish(shard)
+        """Write bytes of a tensor, from its byte `start` on. Every byte of it is to be written once; several threads may."""
+        if self._failure is not None:
+            raise self._failure
+        shard, size = self._shard_of[name], self._size[name]
+        if start + len(data) > size:
+            raise ValueError(f"{name!r} has {size} bytes; {len(data)} were to be written from byte {start} on")
+        _write_all(self._fd(shard), data, shard.offsets[name] + start, self._path(shard))
+        with self._lock:
+            self._missing[name] -= len(data)
+            if self._missing[name] == 0:
+                self._complete.append(name)
+            self._dirty.add(shard.file_name)
+            self._unsynced += len(data)
+            many, much = len(self._open) > MOST_OPEN, self._unsynced >= SYNC_BYTES
+        if many:
+            self.sync()
+        elif much:
+            self._wake.set()
+
+    def sync(self) -> None:
+        """Flush what is written and record the tensors that are complete."""
+        with self._syncing:
+            with self._lock:
+                names, self._complete = self._complete, []
+                dirty, self._dirty = self._dirty, set()
+                self._unsynced = 0
+            for file_name in dirty:
+                datasync(self._open[file_name])
+            if not names:
+                return
+            done = self.done.union(names)
+            for shard in {self._shard_of[name].file_name: self._shard_of[name] for name in names}.values():
+                if done.issuperset(shard.offsets):
+                    self._finish(shard)
+            self._partial.journal.append({"done": names})
+            self.done = done
+
+    def record(self, **values: Any) -> None:
+        """Add something to the journal; a process that resumes finds it in `records`."""
+        with self._syncing:
+            self._partial.journal.append(values)
+
+    def keep(self) -> str | None:
+        """Keep what is done when the block ends, for a process that resumes. What to tell people about it; None if nothing is done."""
+        self._keep = True  # first: a second Ctrl-C may come while the disk is slow
+        try:
+            self._stop_syncing()
+            if self._failure is None:
+                self.sync()
+        except OSError:  # the disk is full, say: what was recorded before counts
+            pass
+        self._keep = bool(self.done)
+        if not self._keep or self.committed:
+            return None
+        nbytes = sum(self._size[name] for name in self.done)
+        return (
+            f"{self._partial.folder} keeps the {len(self.done)} of {len(self._size)} tensors that are done ({format_bytes(nbytes)}): "
+            "the same command with --resume (resume=True) continues there"
+        )
+
+    def discard(self) -> None:
+        """Remove what is done when the block ends, also what an earlier process did."""
+        self._keep = False
 
     def add_file(self, name: str, content: bytes) -> None:
         """Add a small file beside the shards; not possible for a single-file output."""
-        fd = os.open(self.partial / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        path = self._partial.content / name
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            _write_all(fd, memoryview(content), 0)
+            _write_all(fd, memoryview(content), 0, path)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -135,33 +241,42 @@ class CheckpointWriter:
             RuntimeError: a tensor was not written.
             FileExistsError: `out` appeared meanwhile and `force` is not set.
         """
-        if self._shard_of:
-            raise RuntimeError(f"{len(self._shard_of)} tensors were not written, the first {next(iter(self._shard_of))!r}")
+        if self.committed:
+            return
+        self._stop_syncing()
+        if self._failure is not None:
+            raise self._failure
+        self.sync()
+        missing = [name for name in self._size if name not in self.done]
+        if missing:
+            raise RuntimeError(f"{len(missing)} tensors were not written, the first {missing[0]!r}")
         if self.layout.index is not None:
             self.add_file("model.safetensors.index.json", self.layout.index)
-        if not self._single:
-            _sync_folder(self.partial)
+        sync_folder(self._partial.content)
         problem = check_target(self.out, self.force)
         if problem:
             raise FileExistsError(f"{self.out}: {problem}")
-        if not self._single and self.out.exists() and any(self.out.iterdir()):
-            self._swap()
-        else:
-            os.replace(self.partial, self.out)
-        self._done = True
-        _sync_folder(self.out.parent)
+        content = self._partial.content
+        self._partial.commit(content / self.layout.shards[0].file_name if is_file_target(self.out) else content)
+        self.committed = True
+        for parent in self._made:
+            sync_folder(parent.parent)
 
-    def _swap(self) -> None:
-        """A folder that is not empty cannot be replaced in one step: move it aside, and back if the second step fails."""
-        aside = self.out.with_name(f"{self.out.name}.replaced-{self._token}")
-        os.rename(self.out, aside)
+    def _sync_now_and_then(self) -> None:
         try:
-            os.rename(self.partial, self.out)
-        except BaseException:
-            os.rename(aside, self.out)
-            raise
-        self._done = True
-        shutil.rmtree(aside, ignore_errors=True)
+            while not self._stop:
+                self._wake.wait(SYNC_SECONDS)
+                self._wake.clear()
+                if not self._stop:
+                    self.sync()
+        except BaseException as error:
+            self._failure = error
+
+    def _stop_syncing(self) -> None:
+        self._stop = True
+        self._wake.set()
+        if self._syncer is not None:
+            self._syncer.join()
 
     def _make_parents(self) -> None:
         missing = [parent for parent in self.out.parents if not parent.exists()]
@@ -169,45 +284,60 @@ class CheckpointWriter:
             parent.mkdir(exist_ok=True)
             self._made.append(parent)
 
-    def _path(self, shard: Shard) -> Path:
-        return self.partial if self._single else self.partial / shard.file_name
-
-    def _fd(self, shard: Shard) -> int:
-        if shard.file_name not in self._open:
-            self._open[shard.file_name] = os.open(self._path(shard), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        return self._open[shard.file_name]
-
-    def _finish(self, shard: Shard) -> None:
-        fd = self._open.pop(shard.file_name)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def _discard(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
-        if self._single:
-            self.partial.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
+    def _remove_parents(self) -> None:
         for parent in reversed(self._made):
             try:
                 parent.rmdir()
-            except OSError:  # somebody else put something there
+            except OSError:  # somebody put something there
                 break
 
+    def _path(self, shard: Shard) -> Path:
+        return self._partial.content / shard.file_name
 
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    while len(data):
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
+    def _fd(self, shard: Shard) -> int:
+        with self._lock:
+            if shard.file_name not in self._open:
+                self._open[shard.file_name] = os.open(self._path(shard), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            return self._open[shard.file_name]
+
+    def _finish(self, shard: Shard) -> None:
+        """All tensors of a shard are on the disk: its header makes it a file that can be read."""
+        fd = self._fd(shard)
+        try:
+            _write_all(fd, memoryview(shard.head), 0, self._path(shard))
+            os.fsync(fd)
+        finally:
+            with self._lock:
+                os.close(self._open.pop(shard.file_name))
+
+    def _leave(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+        if self._keep and not self.committed:
+            self._partial.close()
+            return
+        self._partial.remove()
+        if not self.committed:
+            self._remove_parents()
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+def _sizes(shard: Shard) -> list[tuple[str, int]]:
+    names, begins = list(shard.offsets), list(shard.offsets.values())
+    return [(name, end - begin) for name, begin, end in zip(names, begins, [*begins[1:], shard.size], strict=True)]
+
+
+def _write_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        while len(data):
+            count = os.pwrite(fd, data, offset)
+            data, offset = data[count:], offset + count
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
+def _truncate(fd: int, size: int, path: Path) -> None:
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
