@@ -37,7 +37,7 @@ lint: $(VENV)/.lint  ## ruff
 	$(VENV)/bin/ruff format --check .
 
 # Part of the benchmarks (make bench ARGS="-k ties") does not replace the day's full result.
-BENCH_RESULT = $(if $(ARGS),.benchmarks/part,benchmarks/results/$$($(PY) benchmarks/machine.py))
+BENCH_RESULT = $(if $(ARGS),.benchmarks/part,benchmarks/results/$$($(PY) -m pymerge.speed.machine))
 bench: $(VENV)/.bench $(VENV)/.core  ## speeds against naive torch and a copy of the same bytes; writes benchmarks/results/
 	@mkdir -p .benchmarks benchmarks/results
 	$(PY) -m pytest benchmarks/test_merge_speed.py --benchmark-quiet --benchmark-json=$(BENCH_RESULT).json $(ARGS)

@@ -26,9 +26,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pymerge.triton_kernels import combine, lerp, reduce, select
+from pymerge.triton_kernels import combine, lerp, rank, reduce, rows, select, threshold
 from pymerge.triton_kernels.compat import LAUNCH_OPTIONS, THREADS
-from pymerge.triton_kernels.launch import CHUNK, block_of
+from pymerge.triton_kernels.launch import BLOCK, CHUNK, block_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -74,7 +74,7 @@ class Case:
     def signature(self) -> dict[str, str]:
         types = {}
         for i, name in enumerate(self.kernel.arg_names):
-            types[name] = "constexpr" if name in self.constants else self.pointers.get(i, "i64" if name in ("n", "origin") else "i32")
+            types[name] = "constexpr" if name in self.constants else self.pointers.get(i, "i64" if name == "n" else "i32")
         return types
 
 
@@ -107,17 +107,40 @@ def cases() -> Iterator[Case]:
         together = {"TOGETHER": reduce.TOGETHER}
         short = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "fp64": "*fp64"}[label]
         yield Case("dots", label, reduce.dots_kernel, together, {0: short, 1: short, 2: "*fp64"})
+        chunked = {**base, **shape, "ALIGNED": True, "MODELS": 3}
         for sparsify in ("magnitude", "band", "bernoulli"):
-            constants = {**base, **together, "SPARSIFY": sparsify, "MODELS": 3}
-            yield Case(f"abs_sums_{sparsify}", label, reduce.abs_sums_kernel, constants, {0: "*i64", 1: "*fp64"})
-        chunked = {**base, **shape, "ALIGNED": True}
-        yield Case("keys", label, select.keys_kernel, chunked, {0: "*i64", 4: integer})
-        sample = {**base, "MODELS": 3, "RUN": 16, "TOGETHER": 64}
-        yield Case("sample", label, select.sample_kernel, sample, {0: "*i64", 1: "*i64", 2: integer})
-        pointers = {0: "*i64", 4: "*i64", 5: "*i64", 6: "*i32", 7: integer, 8: "*i64"}
-        yield Case("bracket", label, select.bracket_kernel, {**chunked, "MODELS": 3}, pointers)
-        pointers = {0: "*i64", 2: "*i64", 3: "*i64"}
-        yield Case("pivots", label, select.pivots_kernel, {**chunked, "MODELS": 3, "PIVOTS": 15}, pointers)
+            constants = {**base, "SPARSIFY": sparsify, "MODELS": 3, "CHUNK": CHUNK, "TOGETHER": CHUNK // reduce.SUM_BLOCK.value}
+            yield Case(f"abs_sums_{sparsify}", label, reduce.abs_sums_kernel, constants, {0: "*i64", 2: "*fp64"})
+        pair = {"DTYPE": dtype, "COMPUTE": compute, "ALIGNED": True, **shape}
+        yield Case("finite", label, lerp.finite_kernel, pair)
+        sample = {**base, "MODELS": 3, "RUN": threshold.RUN, "TOGETHER": threshold.TOGETHER}
+        yield Case("sample", label, select.sample_kernel, sample, {0: "*i64", 1: "*i64", 3: integer})
+        pointers = {0: "*i64", 3: "*i64", 4: "*i64", 5: "*i64", 6: "*i32", 7: "*i32", 8: integer, 9: "*i32"}
+        yield Case("bracket", label, select.bracket_kernel, chunked, pointers)
+        bits = 63 if label == "fp64" else 31
+        pointers = {0: "*i64", 3: "*i64", 4: "*i64", 5: "*i64", 6: "*i32"}
+        yield Case("digits", label, select.digits_kernel, {**chunked, "BITS": bits}, pointers)
+        yield Case("tally", label, select.tally_kernel, chunked, {0: "*i64", 3: "*i64", 4: "*i64", 5: "*i32"})
+        pointers = {0: "*i64", 5: "*i64", 6: "*i64", 7: "*i32", 8: "*i32"}
+        yield Case("cut", label, select.cut_kernel, {**chunked, "WALK": threshold.WALK}, pointers)
+    for label, bits, integer in (("fp32", 31, "*i32"), ("fp64", 63, "*i64")):
+        compute = DTYPES[label]
+        constants = {"COMPUTE": compute, "MODELS": 3, "TOGETHER": CHUNK // reduce.SUM_BLOCK.value, "UNROLL": reduce.UNROLL}
+        yield Case("factor", label, reduce.factor_kernel, constants, {0: "*i64", 1: "*i64", 2: "*fp64"})
+        for name, statistics, filled, counted in (("radix_sample", 3, False, "*i32"), ("radix", 1, True, "*i64")):
+            constants = {"BITS": bits, "STATISTICS": statistics, "FILLED": filled, "BLOCK": BLOCK}
+            pointers = {0: "*i64", 1: "*i32", 2: "*i64", 3: integer, 4: "*i64", 5: counted}
+            yield Case(name, label, rank.radix_kernel, constants, pointers)
+        pointers = {0: "*i64", 1: "*i64", 2: "*i64", 3: "*i32"}
+        yield Case("bracket_ends", label, rank.bracket_ends_kernel, {"BITS": bits, "SAMPLES": True}, pointers)
+        yield Case("settle", label, rank.settle_kernel, {"BITS": bits}, pointers)
+        pointers |= {4: "*i64", 5: "*i64"}
+        yield Case("where_to_look", label, rank.where_to_look_kernel, {"BITS": bits, "BLOCK": threshold.MAX_SLOTS}, pointers)
+        pointers = {0: "*i64", 1: "*i32", 2: integer, 3: "*i32", 4: "*i64", 5: "*i32"}
+        yield Case("tally_found", label, rank.tally_found_kernel, {"MODELS": 3, "BLOCK": BLOCK}, pointers)
+    yield Case(
+        "publish", "fp32", rank.publish_kernel, {"MODELS": 3, "PADDED": 4, "TO": rows.KEY_WORD.value}, {0: "*i64", 1: "*i64", 2: "*i64"}
+    )
 
 
 def instructions(sass: str) -> list[str]:

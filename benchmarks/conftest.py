@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import machine
 import pytest
 import speed_table
+
+from pymerge.speed import machine
 
 ROWS = pytest.StashKey[list]()
 

@@ -14,7 +14,8 @@ import statistics
 import pytest
 import torch
 from cases import CASES, Weights, check
-from ceiling import Ceiling, elapsed_ms
+
+from pymerge.speed.ceiling import Ceiling, elapsed_ms
 
 SIZES = {"1M": 2**20, "16M": 2**24, "64M": 2**26}
 ROUNDS = {"1M": 41, "16M": 15, "64M": 9}

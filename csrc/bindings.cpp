@@ -7,6 +7,7 @@
 
 #include "dispatch.h"
 #include "kl.h"
+#include "low_rank.h"
 #include "merge.h"
 #include "select.h"
 
@@ -121,6 +122,19 @@ bool PyLerp(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, bool ne
   return LerpTensor(job, threads);
 }
 
+void PyAddLowRank(int64_t n, const TensorArg& x, int64_t first, int64_t columns, int64_t rank, uintptr_t left, uintptr_t right,
+                  double scale, int threads) {
+  LowRankJob job;
+  job.x = ToOutput(x);
+  job.first = first;
+  job.columns = columns;
+  job.rank = rank;
+  job.left = reinterpret_cast<const float*>(left);
+  job.right = reinterpret_cast<const float*>(right);
+  job.scale = static_cast<float>(scale);
+  AddLowRank(job, n, threads);
+}
+
 // `sums`: of the parts before this one.
 std::vector<double> PyDots(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, std::vector<double> sums, int threads) {
   if (sums.size() != 3) throw std::invalid_argument("three sums");
@@ -229,6 +243,7 @@ PYBIND11_MODULE(_native, m) {
   DefineStreamedSelection(m);
   m.def("lerp", &PyLerp, py::call_guard<py::gil_scoped_release>());
   m.def("dots", &PyDots, py::call_guard<py::gil_scoped_release>());
+  m.def("add_low_rank", &PyAddLowRank, py::call_guard<py::gil_scoped_release>());
   m.def("kl_forward", &PyKlForward);
   m.def("kl_backward", &PyKlBackward);
   m.def("available_isas", &AvailableTargets);

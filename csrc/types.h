@@ -82,6 +82,17 @@ struct LerpJob {
   bool stream = false;
 };
 
+// x + scale * left @ right in fp32. `left` is (rows, rank), `right` (rank, columns), row-major.
+struct LowRankJob {
+  Output x;           // elements first, first + 1, ... of a row-major (rows, columns) matrix
+  int64_t first = 0;
+  int64_t columns = 0;
+  int64_t rank = 0;
+  const float* left = nullptr;
+  const float* right = nullptr;
+  float scale = 0.0f;
+};
+
 enum class KlKind : int { kForward, kReverse, kJsd };
 
 // What a backward pass has to know about a row: softmax = exp((logit - max) / temperature - log).
@@ -126,6 +137,8 @@ struct Kernels {
   // Divergences, or their gradients, of rows [begin, end).
   void (*kl_forward)(const KlJob&, int64_t begin, int64_t end);
   void (*kl_backward)(const KlJob&, int64_t begin, int64_t end);
+  // Adds a low-rank product to elements [begin, end) of x, any range.
+  void (*low_rank)(const LowRankJob&, int64_t begin, int64_t end);
 };
 
 }  // namespace pymerge

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .checkpoint.adapters import merge_adapters
     from .checkpoint.lora.extract import extract_lora
     from .checkpoint.merge import merge
+    from .checkpoint.verify import verify
     from .conventions import Convention, presets
     from .losses import kl_divergence
     from .merge_methods.arcee_fusion import arcee_fusion
@@ -86,6 +87,7 @@ __all__ = [
     "slerp",
     "task_arithmetic",
     "ties",
+    "verify",
     "wise_ft",
 ]
 
@@ -94,6 +96,7 @@ _HOME = {
     "checkpoint.adapters": ("merge_adapters",),
     "checkpoint.lora.extract": ("extract_lora",),
     "checkpoint.merge": ("merge",),
+    "checkpoint.verify": ("verify",),
     "conventions": ("Convention", "presets"),
     "merge_methods.arcee_fusion": ("arcee_fusion",),
     "merge_methods.breadcrumbs": ("breadcrumbs", "breadcrumbs_ties"),

@@ -18,6 +18,7 @@ from .spec import MergeSpec, tensor_id
 
 __all__ = [
     "StreamedSelection",
+    "add_low_rank",
     "available_isas",
     "current_isa",
     "delta_sums",
@@ -201,6 +202,12 @@ def lerp(a: Tensor, b: Tensor, alpha: float, out: Tensor) -> bool:
 def dots(a: Tensor, b: Tensor, sums: Sequence[float] = (0.0, 0.0, 0.0)) -> Tensor:
     """See :func:`pymerge.reference.dots`."""
     return torch.tensor(_core.dots(a.numel(), _wide([a, b]), _arg(a), _arg(b), list(sums), torch.get_num_threads()), dtype=torch.float64)
+
+
+def add_low_rank(x: Tensor, first: int, left: Tensor, right: Tensor, scale: float) -> None:
+    """See :func:`pymerge.checkpoint.lora.product.add_product`; x of fp32, bf16 or fp16, contiguous factors of fp32."""
+    rank, columns = right.shape
+    _core.add_low_rank(x.numel(), _arg(x), first, columns, rank, left.data_ptr(), right.data_ptr(), scale, torch.get_num_threads())
 
 
 class StreamedSelection:

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .many_ops import Job
 from .ops import COMPUTED, WIDENED
 from .tree_errors import keys_that_differ, raise_all
 
 __all__ = ["Facts", "Paired", "Source", "check_alike", "common_dtype", "span"]
 
 MergeOne = Callable[[str, "Tensor | None", "list[Tensor]", torch.dtype, "Tensor | None"], Tensor]
+MergeMany = Callable[["list[Job]"], "list[Tensor]"]
 
 
 def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -250,28 +252,43 @@ class Paired:
             TypeError: `dtype` is no supported floating dtype, or `out` is of another kind.
             ValueError: `out` has other names, shapes or devices, a dtype that is not `dtype`, or shares memory with an input.
         """
+
+        def merge_alone(jobs: Sequence[Job]) -> list[Tensor]:
+            return [merge_one(job.name, job.base, job.models, job.dtype, job.out) for job in jobs]
+
+        return self.result_of_many(merge_alone, lambda device: False, dtype=dtype, out=out)
+
+    def result_of_many(
+        self, merge: MergeMany, together: Callable[[torch.device], bool], *, dtype: torch.dtype | None = None, out: Any = None
+    ) -> Any:
+        """:meth:`result`, where `merge` takes lists: all tensors on devices that go `together`, others alone, one after the other."""
         if dtype is not None and dtype not in COMPUTED + WIDENED:
             raise TypeError(f"dtype is {dtype}; choose one of {', '.join(map(_word, COMPUTED + WIDENED))}")
         target = None if out is None else self.writable(out, "out", dtype)
         result: dict[str, Tensor] = {}
+        waiting: list[Job] = []
         for name in self.names:
-            first = self.first_name[name]
-            to = None if target is None else target[name]
-            if first != name:
-                if to is not None and to.data_ptr() != result[first].data_ptr():
-                    to.copy_(result[first])
-                result[name] = result[first]
+            if self.first_name[name] != name:
                 continue
+            to = None if target is None else target[name]
             base, models = self.tensors(name)
             if name in self.dtypes:
-                wanted = (dtype or self.dtypes[name]) if to is None else to.dtype
-                result[name] = merge_one(name, base, models, wanted, to)
+                job = Job(name, base, models, (dtype or self.dtypes[name]) if to is None else to.dtype, to)
+                if self.kind != "tensor" and together(self.facts[0][name].device):
+                    waiting.append(job)
+                else:
+                    (result[name],) = merge([job])
             else:
                 value = models[0] if base is None else base
                 result[name] = value.clone() if to is None else to.copy_(value)
-        if out is not None:
-            return out
-        return result[""] if self.kind == "tensor" else result
+        if waiting:
+            result |= zip((job.name for job in waiting), merge(waiting))
+        if target is None:
+            return result[""] if self.kind == "tensor" else {name: result[self.first_name[name]] for name in self.names}
+        for name, first in self.first_name.items():
+            if name != first and target[name].data_ptr() != result[first].data_ptr():
+                target[name].copy_(result[first])
+        return out
 
     def writable(self, out: Any, label: str, dtype: torch.dtype | None = None) -> Source:
         """`out` as a place for the results, checked."""

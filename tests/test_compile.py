@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pymerge
-from pymerge import ops
+from pymerge import many_ops, ops  # noqa: F401, registers the operators
 from pymerge.conventions import Convention
 from pymerge.spec import MergeSpec
 
@@ -41,6 +41,17 @@ def test_opcheck(name):
 def test_opcheck_of_the_writing_operators():
     torch.library.opcheck(torch.ops.pymerge.lerp_.default, (BASE.clone(), MODELS[0], 0.3))
     torch.library.opcheck(torch.ops.pymerge.lerp_out.default, (BASE, MODELS[0], 0.3, torch.zeros(6, 5)))
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.usefixtures("each_backend")
+def test_opcheck_of_operators_on_many_tensors(scope):
+    outs = [torch.zeros(6, 5), torch.zeros(6, 5)]
+    args = ([BASE, BASE + 1], [*MODELS, *MODELS], *ARGS["ties"][2:-2], scope, ["v", "w"], True, outs)
+    torch.library.opcheck(torch.ops.pymerge.merge_many_out.default, args)
+    lerp_args = ([BASE, BASE], MODELS[:2], 0.3, ["v", "w"], "a", "b", True, outs)
+    torch.library.opcheck(torch.ops.pymerge.lerp_many_out.default, lerp_args)
+    torch.library.opcheck(torch.ops.pymerge.lerp_many_.default, ([BASE.clone(), BASE.clone()], MODELS[:2], 0.3))
 
 
 def compiled(function, backend="aot_eager"):

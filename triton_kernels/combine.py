@@ -5,22 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import CHUNK, Table, block_of, launch
+from .launch import Table, block_of, launch
 from .memory import load_wide, scalar, store_rounded
-from .sparsify import infinity_key, kept_by_chance, kept_by_magnitude, key_type, magnitude_key
+from .rows import BALANCE_WORD, BASE_WORD, FACTOR_WORD, ROW_HEADER, ROW_MODEL
+from .sparsify import infinity_key, kept_by_chance, kept_by_selection, key_type, magnitude_key
 
 __all__ = ["combine", "combine_kernel"]
-
-# Words of a row: size, addresses of base and result, tensor id, balance of the votes, seed, scale, divisor without an election; then per
-# model address, weight, factor, selection (key, cut), the bound of its draws and the selection that a band leaves out.
-ROW_HEADER = tl.constexpr(8)
-ROW_MODEL = tl.constexpr(8)
-BALANCE_WORD = tl.constexpr(4)
 
 
 @triton.jit
 def _combine_block(
-    row, first, n, largest, balance,
+    table, row, first, n, largest, balance,
     MODELS: tl.constexpr, UNROLL: tl.constexpr, HAS_BASE: tl.constexpr, BASE: tl.constexpr, MODEL: tl.constexpr, OUT: tl.constexpr,
     COMPUTE: tl.constexpr, SPARSIFY: tl.constexpr, RESCALED: tl.constexpr, VOTE: tl.constexpr, VOTE_WEIGHTED: tl.constexpr,
     ZERO_VOTE: tl.constexpr, DIVISOR: tl.constexpr, BALANCE_ONLY: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
@@ -30,7 +25,7 @@ def _combine_block(
     zero = tl.zeros([BLOCK], COMPUTE)
     base = zero
     if HAS_BASE:
-        base = load_wide(tl.load(row + 1), first, lane, n, BASE, COMPUTE, ALIGNED, MASKED)
+        base = load_wide(tl.load(row + BASE_WORD), first, lane, n, BASE, COMPUTE, ALIGNED, MASKED)
     if SPARSIFY == "bernoulli":
         group = (first >> 2) + tl.arange(0, BLOCK // 4)
         tensor = tl.load(row + 3)
@@ -44,11 +39,9 @@ def _combine_block(
         largest = tl.maximum(largest, key)
         weight = scalar(tl.load(words + 1), COMPUTE)
         if RESCALED:
-            delta = delta * scalar(tl.load(words + 2), COMPUTE)
+            delta = delta * scalar(tl.load(words + FACTOR_WORD), COMPUTE)
         if SPARSIFY == "magnitude" or SPARSIFY == "band":
-            kept = kept_by_magnitude(key, tl.load(words + 3), tl.load(words + 4), first, lane)
-            if SPARSIFY == "band":
-                kept = kept & ~kept_by_magnitude(key, tl.load(words + 6), tl.load(words + 7), first, lane)
+            kept = kept_by_selection(key, words, first, lane, SPARSIFY == "band")
             delta = tl.where(kept, delta, 0.0)
         elif SPARSIFY == "bernoulli":
             kept = kept_by_chance(group, seed, tensor, m + tl.zeros([1], tl.uint32), tl.load(words + 5), [BLOCK])
@@ -81,7 +74,7 @@ def _combine_block(
         if VOTE != "none":
             tied = (vote > 0) == (vote < 0)  # zero, or not a number
             if ZERO_VOTE == "majority":
-                vote = tl.where(tied, tl.where(tl.load(row + BALANCE_WORD) > 0, 1.0, -1.0).to(COMPUTE), vote)
+                vote = tl.where(tied, tl.where(tl.load(table + tl.load(row + BALANCE_WORD)) > 0, 1.0, -1.0).to(COMPUTE), vote)
             loses = vote < 0
             merged = tl.where(loses, losing, merged)
             divisor = tl.where(loses, losing_divisor, divisor)
@@ -110,7 +103,7 @@ def combine_kernel(
     ZERO_VOTE: tl.constexpr, DIVISOR: tl.constexpr, BALANCE_ONLY: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Merges a chunk, or with BALANCE_ONLY adds the balance of its votes to the row; sets the table's flag when a delta is not finite."""
+    """Merges a chunk, or with BALANCE_ONLY adds up the balance of its votes; sets the table's flag when a delta is not finite."""
     entry = table + chunks_at + 2 * tl.program_id(0).to(tl.int64)
     row = table + tl.load(entry)
     start = tl.multiple_of(tl.load(entry + 1), BLOCK)
@@ -121,16 +114,16 @@ def combine_kernel(
         first = start + step
         if first + BLOCK <= n:
             largest, balance = _combine_block(
-                row, first, n, largest, balance, MODELS, UNROLL, HAS_BASE, BASE, MODEL, OUT, COMPUTE, SPARSIFY, RESCALED, VOTE,
+                table, row, first, n, largest, balance, MODELS, UNROLL, HAS_BASE, BASE, MODEL, OUT, COMPUTE, SPARSIFY, RESCALED, VOTE,
                 VOTE_WEIGHTED, ZERO_VOTE, DIVISOR, BALANCE_ONLY, ALIGNED, False, BLOCK,
             )  # fmt: skip
         elif first < n:
             largest, balance = _combine_block(
-                row, first, n, largest, balance, MODELS, UNROLL, HAS_BASE, BASE, MODEL, OUT, COMPUTE, SPARSIFY, RESCALED, VOTE,
+                table, row, first, n, largest, balance, MODELS, UNROLL, HAS_BASE, BASE, MODEL, OUT, COMPUTE, SPARSIFY, RESCALED, VOTE,
                 VOTE_WEIGHTED, ZERO_VOTE, DIVISOR, BALANCE_ONLY, ALIGNED, True, BLOCK,
             )  # fmt: skip
     if BALANCE_ONLY:
-        tl.atomic_add(row + BALANCE_WORD, tl.sum(balance).to(tl.int64), sem="relaxed")
+        tl.atomic_add(table + tl.load(row + BALANCE_WORD), tl.sum(balance).to(tl.int64), sem="relaxed")
     elif tl.max(largest, 0) >= infinity_key(COMPUTE):
         tl.store(table, 1)  # every program that stores, stores the same
 
@@ -146,5 +139,5 @@ def combine(table: Table, *, balance_only: bool = False, **choices) -> None:
         launch(
             combine_kernel, group.chunks, table.words.device, table.words, group.chunks_at,
             UNROLL=models if models <= 8 else 4, HAS_BASE=base is not None, BASE=base or model, MODEL=model, OUT=out, COMPUTE=compute,
-            BALANCE_ONLY=balance_only, ALIGNED=is_aligned, CHUNK=CHUNK, BLOCK=block_of(compute), **choices,
+            BALANCE_ONLY=balance_only, ALIGNED=is_aligned, CHUNK=table.chunk, BLOCK=block_of(compute), **choices,
         )  # fmt: skip

@@ -2,11 +2,12 @@
 
 The table's words:
 
-    header   HEADER words, zero: what kernels report (WORD_NOT_FINITE)
+    header   word 0: set when a kernel met a value that is not finite; then words for what kernels add up
     rows     per tensor: the words that the kernel asks for; the first is the number of elements
     chunks   per CHUNK elements of a tensor: where its row starts in the table, and the chunk's first element
+    entries  on request: per chunk, the tensors in the order of the rows, where its two words are
 
-A program takes one chunk. Rows are sorted into groups that share their dtypes and alignment, a launch each.
+A program takes one chunk. Chunks are sorted into groups that share their dtypes and alignment, a launch each.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from torch import Tensor
 
 from .compat import LAUNCH_OPTIONS
 
-__all__ = ["BLOCK", "CHUNK", "Finite", "Group", "Row", "Table", "aligned", "bits_of", "block_of", "launch", "tl_dtype"]
+__all__ = [
+    "BLOCK", "CHUNK", "Finite", "Group", "Row", "Table", "aligned", "arena", "bits_of", "block_of", "chunks_of", "launch", "pack",
+    "tl_dtype",
+]  # fmt: skip
 
 BLOCK = 1024  # elements at a time: 8 a thread, 16 bytes of a half type
 CHUNK = 16 * BLOCK  # and of half of it where the arithmetic is fp64, whose registers are two
-HEADER = 2
 WORD_NOT_FINITE = 0
 
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
@@ -41,6 +44,11 @@ def block_of(compute: tl.dtype) -> int:
     return BLOCK // 2 if compute == tl.float64 else BLOCK
 
 
+def chunks_of(n: int) -> int:
+    """How many chunks n elements make."""
+    return -(-n // CHUNK)
+
+
 def aligned(tensors: Sequence[Tensor | None]) -> bool:
     """Whether 128-bit accesses are right for all of them."""
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
@@ -50,6 +58,26 @@ def bits_of(value: float, dtype: torch.dtype) -> int:
     """The bits of a number rounded once to the compute dtype."""
     rounded = torch.tensor(value, dtype=torch.float64).to(dtype)
     return int(rounded.view(torch.int64 if dtype == torch.float64 else torch.int32))
+
+
+def pack(device: torch.device, *parts: Tensor | Sequence[int]) -> list[Tensor]:
+    """int64 tensors on the device with the parts' values, by one copy that does not wait."""
+    tensors = [torch.as_tensor(part, dtype=torch.int64).reshape(-1) for part in parts]
+    host = torch.cat(tensors)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return list(host.to(device, non_blocking=True).split([t.numel() for t in tensors]))
+
+
+def arena(device: torch.device, *parts: tuple[int, torch.dtype]) -> tuple[Tensor, list[Tensor]]:
+    """One piece of memory, and (count, dtype) each a part of it: what is zeroed together lies together."""
+    sizes = [-(-count * dtype.itemsize // 128) * 128 for count, dtype in parts]
+    whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    views, start = [], 0
+    for (count, dtype), size in zip(parts, sizes):
+        views.append(whole[start : start + count * dtype.itemsize].view(dtype))
+        start += size
+    return whole, views
 
 
 @dataclass(frozen=True)
@@ -70,34 +98,44 @@ class Group:
 
 
 class Table:
-    """Rows and their chunks on the device; `chunk_rows` and `chunk_first` say on the host what a chunk is, in the launches' order."""
+    """Rows and their chunks on the device; `row_at` says where a row's words start, `group_of` which launch has its chunks."""
 
-    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
-        words = [0] * HEADER
+    def __init__(
+        self, rows: Sequence[Row], device: torch.device, *, sums: int = 0, given: Sequence[int] = (), entries: bool = False
+    ) -> None:
+        """`sums` header words are zeroed by `reset`, those `given` after them are not."""
+        words = [0] * (1 + sums) + list(given)
+        self._zeroed = 1 + sums
+        self.chunk = CHUNK
         self.row_at: list[int] = []
         for row in rows:
             self.row_at.append(len(words))
             words += row.words
         keys = list(dict.fromkeys(row.group for row in rows))
-        order = [r for key in keys for r, row in enumerate(rows) if row.group == key]
-        counts = [-(-rows[r].words[0] // CHUNK) for r in order]
-        total = sum(counts)
-        repeated = torch.repeat_interleave(torch.arange(len(order)), torch.tensor(counts, dtype=torch.int64))
-        begin = torch.cumsum(torch.tensor([0, *counts], dtype=torch.int64), 0)[:-1]
-        self.chunk_first = (torch.arange(total) - begin[repeated]) * CHUNK
-        self.chunk_rows = torch.tensor(order, dtype=torch.int64)[repeated]
-        starts = torch.tensor(self.row_at, dtype=torch.int64)[self.chunk_rows]
-        host = torch.cat([torch.tensor(words, dtype=torch.int64), torch.stack([starts, self.chunk_first], 1).reshape(-1)])
-        if device.type == "cuda":
-            host = host.pin_memory()
-        self.words = host.to(device, non_blocking=True)
-        self.chunks_at = len(words)
+        order = sorted(range(len(rows)), key=lambda r: keys.index(rows[r].group))
+        counts = torch.tensor([chunks_of(rows[r].words[0]) for r in order], dtype=torch.int64)
+        self.chunks = int(counts.sum())
+        of_row = torch.repeat_interleave(torch.arange(len(order)), counts)
+        within = torch.arange(self.chunks) - (torch.cumsum(counts, 0) - counts)[of_row]
+        rows_of_chunks = torch.tensor(order, dtype=torch.int64)[of_row]
+        starts = torch.tensor(self.row_at, dtype=torch.int64)[rows_of_chunks]
+        parts = [torch.tensor(words, dtype=torch.int64), torch.stack([starts, within * CHUNK], 1).reshape(-1)]
+        if entries:
+            # Stable: a row's chunks stay in order.
+            parts.append(len(words) + 2 * torch.argsort(rows_of_chunks, stable=True))
+        self.entries_at = len(words) + 2 * self.chunks
+        (self.words,) = pack(device, torch.cat(parts))
         self.groups: list[Group] = []
-        done = 0
+        at = len(words)
         for key in keys:
-            size = sum(c for r, c in zip(order, counts) if rows[r].group == key)
-            self.groups.append(Group(key, self.chunks_at + 2 * done, size))
-            done += size
+            size = sum(chunks_of(row.words[0]) for row in rows if row.group == key)
+            self.groups.append(Group(key, at, size))
+            at += 2 * size
+        self.group_of = [self.groups[keys.index(row.group)] for row in rows]
+
+    def reset(self) -> None:
+        """Before another run: nothing was found, nothing added up."""
+        self.words[: self._zeroed].zero_()
 
 
 class Finite:

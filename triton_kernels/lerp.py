@@ -1,15 +1,15 @@
-"""Interpolation between pairs of tensors, one launch per kind of dtype."""
+"""Interpolation between pairs of tensors, and the search for infinities in tensors, one launch per kind of dtype."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .launch import CHUNK, Table, block_of, launch
+from .launch import Table, block_of, launch
 from .memory import load_wide, scalar, store_rounded
 from .sparsify import infinity_key, key_type, magnitude_key
 
-__all__ = ["lerp", "lerp_kernel"]
+__all__ = ["finite_kernel", "lerp", "lerp_kernel", "look_for_infinities"]
 
 
 @triton.jit
@@ -57,5 +57,39 @@ def lerp(table: Table, near_a: bool) -> None:
         a, b, out, compute, is_aligned = group.key
         launch(
             lerp_kernel, group.chunks, table.words.device, table.words, group.chunks_at,
-            A=a, B=b, OUT=out, COMPUTE=compute, NEAR_A=near_a, ALIGNED=is_aligned, CHUNK=CHUNK, BLOCK=block_of(compute),
+            A=a, B=b, OUT=out, COMPUTE=compute, NEAR_A=near_a, ALIGNED=is_aligned, CHUNK=table.chunk, BLOCK=block_of(compute),
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["chunks_at"])
+def finite_kernel(
+    table,  # int64, see launch.py; rows of size and address
+    chunks_at,
+    DTYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sets the table's flag when an element is not finite."""
+    entry = table + chunks_at + 2 * tl.program_id(0).to(tl.int64)
+    row = table + tl.load(entry)
+    start = tl.multiple_of(tl.load(entry + 1), BLOCK)
+    n = tl.load(row)
+    lane = tl.arange(0, BLOCK)
+    largest = tl.zeros([BLOCK], key_type(COMPUTE))
+    for step in range(0, CHUNK, BLOCK):
+        first = start + step
+        if first + BLOCK <= n:
+            largest = tl.maximum(largest, magnitude_key(load_wide(tl.load(row + 1), first, lane, n, DTYPE, COMPUTE, ALIGNED, False)))
+        elif first < n:
+            largest = tl.maximum(largest, magnitude_key(load_wide(tl.load(row + 1), first, lane, n, DTYPE, COMPUTE, ALIGNED, True)))
+    if tl.max(largest, 0) >= infinity_key(COMPUTE):
+        tl.store(table, 1)
+
+
+def look_for_infinities(table: Table) -> None:
+    """Launch the kernel for all tensors of a table. A group's key is (dtype, aligned), Triton's dtypes."""
+    for group in table.groups:
+        dtype, is_aligned = group.key
+        compute = tl.float64 if dtype == tl.float64 else tl.float32
+        launch(
+            finite_kernel, group.chunks, table.words.device, table.words, group.chunks_at,
+            DTYPE=dtype, COMPUTE=compute, ALIGNED=is_aligned, CHUNK=table.chunk, BLOCK=block_of(compute),
         )  # fmt: skip

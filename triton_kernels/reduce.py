@@ -1,6 +1,6 @@
 """Whole-tensor sums in fp64 in the one order that every backend uses (docs/arithmetic.md): blocks of 4096, 64 lanes each.
 
-A kernel gives the sums of blocks; they are added in order on the host.
+A kernel gives the sums of blocks; they are added in order by one program per sum, or for `dots`, whose result is the caller's, on the host.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .combine import ROW_HEADER, ROW_MODEL
-from .launch import launch
+from .launch import Table, launch, pack
 from .memory import widen
-from .sparsify import kept_by_chance, kept_by_magnitude, magnitude_key
+from .rows import BASE_WORD, FACTOR_WORD, FIRST_CHUNK_WORD, ROW_HEADER, ROW_MODEL
+from .sparsify import kept_by_chance, kept_by_selection, magnitude_key
 
-__all__ = ["abs_sums", "abs_sums_kernel", "dots", "dots_kernel"]
+__all__ = ["Norms", "abs_sums_kernel", "dots", "dots_kernel", "factor_kernel"]
 
 LANES = tl.constexpr(64)
 SUM_BLOCK = tl.constexpr(4096)
-TOGETHER = 8  # blocks of one program, so that a row of lanes fills its warps
+TOGETHER = 8  # blocks of one program of `dots`, so that a row of lanes fills its warps
+UNROLL = 16
 
 
 @triton.jit
@@ -41,42 +42,71 @@ def _load(address, index, n, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
     return widen(tl.load(address.to(tl.pointer_type(DTYPE)) + index, mask=index < n, other=0.0), COMPUTE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks_at", "chunks"])
 def abs_sums_kernel(
-    row,  # int64, a row of combine.py
-    sums,  # fp64 [models, 2, blocks]: of |delta| and of its kept part
+    table, chunks_at,  # of a merge, see rows.py
+    sums,  # fp64 [MODELS, 2, chunks, TOGETHER]: of |delta| and of its kept part
+    chunks,  # of all launches
     HAS_BASE: tl.constexpr, BASE: tl.constexpr, MODEL: tl.constexpr, COMPUTE: tl.constexpr, SPARSIFY: tl.constexpr,
-    MODELS: tl.constexpr, TOGETHER: tl.constexpr,
+    MODELS: tl.constexpr, CHUNK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Sums of TOGETHER blocks of one model; models vary fastest, so that the base is read from memory once."""
+    """Sums of a chunk's TOGETHER blocks for one model; models vary fastest, so that the base is read from memory once."""
     m = tl.program_id(0) % MODELS
+    entry = table + chunks_at + 2 * (tl.program_id(0) // MODELS).to(tl.int64)
+    row = table + tl.load(entry)
+    start = tl.load(entry + 1)
     words = row + ROW_HEADER + ROW_MODEL * m
     n = tl.load(row)
-    blocks = (n + SUM_BLOCK - 1) // SUM_BLOCK
-    block = (tl.program_id(0) // MODELS).to(tl.int64) * TOGETHER + tl.arange(0, TOGETHER)
-    begin = block[:, None] * SUM_BLOCK
+    block = tl.arange(0, TOGETHER)
+    begin = (start + block * SUM_BLOCK)[:, None]
     full = tl.zeros([TOGETHER, LANES], tl.float64)
     part = tl.zeros([TOGETHER, LANES], tl.float64)
     for step in range(0, _steps_end(n, begin), LANES):
         index = begin + step + tl.arange(0, LANES)[None, :]
         delta = _load(tl.load(words), index, n, MODEL, COMPUTE)
         if HAS_BASE:
-            delta = delta - _load(tl.load(row + 1), index, n, BASE, COMPUTE)
+            delta = delta - _load(tl.load(row + BASE_WORD), index, n, BASE, COMPUTE)
         magnitude = tl.abs(delta).to(tl.float64)
         full += magnitude
         if SPARSIFY == "magnitude" or SPARSIFY == "band":
-            key = magnitude_key(delta)
-            kept = kept_by_magnitude(key, tl.load(words + 3), tl.load(words + 4), 0, index)
-            if SPARSIFY == "band":
-                kept = kept & ~kept_by_magnitude(key, tl.load(words + 6), tl.load(words + 7), 0, index)
+            kept = kept_by_selection(magnitude_key(delta), words, 0, index, SPARSIFY == "band")
         else:
             group = ((begin + step) >> 2) + tl.arange(0, LANES // 4)[None, :]
             model = m + tl.zeros([1, 1], tl.uint32)
             kept = kept_by_chance(group, tl.load(row + 5), tl.load(row + 3), model, tl.load(words + 5), [TOGETHER, LANES])
         part += tl.where(kept, magnitude, 0.0)
-    to = sums + 2 * m * blocks + block
-    tl.store(to, _fold(full, TOGETHER), mask=block < blocks)
-    tl.store(to + blocks, _fold(part, TOGETHER), mask=block < blocks)
+    to = sums + ((2 * m.to(tl.int64)) * chunks + tl.load(row + FIRST_CHUNK_WORD) + start // CHUNK) * TOGETHER + block
+    tl.store(to, _fold(full, TOGETHER))
+    tl.store(to + chunks.to(tl.int64) * TOGETHER, _fold(part, TOGETHER))
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def factor_kernel(
+    table,
+    places,  # int64 [tensors]: where the rows start
+    sums,  # as abs_sums_kernel leaves them
+    chunks,
+    COMPUTE: tl.constexpr, MODELS: tl.constexpr, TOGETHER: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Adds the blocks' sums in order, a program per tensor and model, and puts the factor that restores the norm into the row."""
+    m = tl.program_id(0) % MODELS
+    row = table + tl.load(places + tl.program_id(0) // MODELS)
+    blocks = (tl.load(row) + SUM_BLOCK - 1) // SUM_BLOCK
+    at = sums + ((2 * m.to(tl.int64)) * chunks + tl.load(row + FIRST_CHUNK_WORD)) * TOGETHER
+    kept_at = at + chunks.to(tl.int64) * TOGETHER
+    full = tl.zeros([], tl.float64)
+    part = tl.zeros([], tl.float64)
+    for first in range(0, blocks, UNROLL):
+        for i in tl.static_range(UNROLL):  # the loads do not wait for the sums; what is added beyond the end is +0
+            inside = first + i < blocks
+            full += tl.load(at + first + i, mask=inside, other=0.0)
+            part += tl.load(kept_at + first + i, mask=inside, other=0.0)
+    factor = tl.where(part > 0, full / tl.where(part > 0, part, 1.0), 1.0)
+    if COMPUTE == tl.float64:
+        bits = factor.to(tl.int64, bitcast=True)
+    else:
+        bits = factor.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
+    tl.store(row + ROW_HEADER + ROW_MODEL * m + FACTOR_WORD, bits)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -115,15 +145,33 @@ def _blocks(n: int) -> int:
     return -(-n // SUM_BLOCK.value)
 
 
-def abs_sums(row: Tensor, n: int, models: int, base, model, compute, sparsify: str) -> list[tuple[float, float]]:
-    """Per model the L1 norms of its delta and of the delta's kept part, for one row of combine's table; Triton's dtypes."""
-    blocks = _blocks(n)
-    sums = torch.empty((models * 2, blocks), dtype=torch.float64, device=row.device)
-    launch(
-        abs_sums_kernel, -(-blocks // TOGETHER) * models, row.device, row, sums,
-        HAS_BASE=base is not None, BASE=base or model, MODEL=model, COMPUTE=compute, SPARSIFY=sparsify, MODELS=models, TOGETHER=TOGETHER,
-    )  # fmt: skip
-    return [(full, part) for full, part in _in_order(sums).reshape(models, 2).tolist()]
+class Norms:
+    """Factors that restore the L1 norm of each tensor's delta after sparsifying, left in the table's rows; `run` only launches."""
+
+    def __init__(self, table: Table, models: int, sparsify: str) -> None:
+        device = table.words.device
+        self.table, self.models, self.sparsify = table, models, sparsify
+        self.together = table.chunk // SUM_BLOCK.value
+        self.sums = torch.empty(models * 2 * table.chunks * self.together, dtype=torch.float64, device=device)
+        # Rows of one arithmetic together, a launch each.
+        computes = list(dict.fromkeys(group.key[3] for group in table.groups))
+        rows = [[at for at, group in zip(table.row_at, table.group_of) if group.key[3] == compute] for compute in computes]
+        self.places = list(zip(computes, pack(device, *rows)))
+
+    def run(self) -> None:
+        words, chunks = self.table.words, self.table.chunks
+        for group in self.table.groups:
+            base, model, _, compute, _ = group.key
+            launch(
+                abs_sums_kernel, group.chunks * self.models, words.device, words, group.chunks_at, self.sums, chunks,
+                HAS_BASE=base is not None, BASE=base or model, MODEL=model, COMPUTE=compute, SPARSIFY=self.sparsify, MODELS=self.models,
+                CHUNK=self.table.chunk, TOGETHER=self.together,
+            )  # fmt: skip
+        for compute, places in self.places:
+            launch(
+                factor_kernel, len(places) * self.models, words.device, words, places, self.sums, chunks,
+                COMPUTE=compute, MODELS=self.models, TOGETHER=self.together, UNROLL=UNROLL,
+            )  # fmt: skip
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from .philox import draws
+from .rows import KEY_WORD, LARGER_WORD
 
-__all__ = ["infinity_key", "key_type", "kept_by_chance", "kept_by_magnitude", "magnitude_key"]
+__all__ = ["infinity_key", "key_type", "kept_by_chance", "kept_by_selection", "magnitude_key"]
 
 
 @triton.constexpr_function
@@ -36,6 +37,15 @@ def kept_by_magnitude(key, threshold, cut, first, lane):
     last = tl.minimum(tl.maximum(cut - first, -1), 1 << 30).to(tl.int32)
     threshold = threshold.to(key.dtype)
     return (key > threshold) | ((key == threshold) & (lane <= last))
+
+
+@triton.jit
+def kept_by_selection(key, words, first, lane, BAND: tl.constexpr):
+    """Whether the selection at a model's `words` (rows.py) keeps first + lane; for a band also whether the other one does not."""
+    kept = kept_by_magnitude(key, tl.load(words + KEY_WORD), tl.load(words + KEY_WORD + 1), first, lane)
+    if BAND:
+        kept = kept & ~kept_by_magnitude(key, tl.load(words + LARGER_WORD), tl.load(words + LARGER_WORD + 1), first, lane)
+    return kept
 
 
 @triton.jit

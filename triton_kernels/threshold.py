@@ -1,217 +1,247 @@
-"""Exact selection by magnitude: for every model the pair (key, cut) of :func:`pymerge.reference.select`.
+"""Exact selection by magnitude for all tensors and models at once: per row the pair (key, cut) of :func:`pymerge.reference.select`.
 
-As on the CPU: a sample gives a bracket that almost surely holds the k-th key; one pass counts what lies above it, counts its middle key per
-chunk and collects the other keys inside; the counts prove the bracket, and the rest is a sort of the few collected keys. A bracket that
-missed, or that held too much, costs passes that find the key four bits at a time, and is exact as well. The sample affects the speed only.
+A row is one model of what is ranked together, a tensor or several. Everything stays on the device, the number of launches depends on the
+kinds of dtype alone, and `run` neither waits nor allocates:
+
+1. A sample gives each row a bracket that almost surely holds its k-th key (rows of few elements: everything).
+2. One pass over the data counts what lies above the bracket, above its middle key and equal to that, and collects the other keys inside.
+3. The counts prove where the k-th key is: it is the middle, or the so-many-th of those collected, or the bracket missed or its room
+   overflowed. In the last case the key is found in passes over that row's data, so the result is always exact.
+4. Where ties are broken they are counted per chunk, and the chunk of the last one kept is looked at again.
+
+The sample affects the speed only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from . import select as kernels
-from .launch import CHUNK, Row, Table, aligned, block_of, launch, tl_dtype
+from . import rank, select
+from .launch import BLOCK, Group, Table, arena, block_of, chunks_of, launch, pack, tl_dtype
+from .rows import KEY_WORD
 
-__all__ = ["Selector"]
+__all__ = ["Segment", "Selection"]
 
-SMALL = 1 << 15  # up to here all keys are sorted
+DIRECT = 1 << 12  # rows up to here are collected whole
 RUN = 16  # sampled elements come in runs of a cache line or two
-DIGIT = 4  # bits of the key that a slow pass finds
-SLOTS = 64
-NONE_KEPT = (2**63 - 1, -1)
+RUNS = 1 << 16  # at most
+TOGETHER = 64  # runs of one program
+PIECE = 1 << 13  # sampled keys of one program
+DEVIATIONS = 4.5  # half a bracket; a sample this far off comes once in 150,000 rows, and costs time only
+CHUNKS_PER_SLOT = 16
+MAX_SLOTS = 512
+PERSISTENT = 1024  # programs of a pass over the data that is rarely needed
+WALK = 1024
 
 
-class Selector:
-    """Selections over the tensors `models[i]` of each model, taken as one; all flat, on one device, one compute dtype."""
+@dataclass(frozen=True)
+class Segment:
+    """What is ranked together: rows of the table, and how many elements each model keeps, 0 < k < n; 0 where `answers` has the result."""
 
-    def __init__(self, bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], compute: torch.dtype) -> None:
-        self.device = models[0][0].device
-        self.models = len(models)
-        self.bits = 63 if compute == torch.float64 else 31
-        self.key_dtype = torch.int64 if compute == torch.float64 else torch.int32
-        rows, offsets, offset = [], [], 0
-        for j, first in enumerate(models[0]):
-            base, column = (bases[j] if bases else None), [row[j] for row in models]
-            key = (None if base is None else tl_dtype(base.dtype), tl_dtype(first.dtype), aligned([base, *column]))
-            address = 0 if base is None else base.data_ptr()
-            rows.append(Row(key, [first.numel(), offset, address, *(t.data_ptr() for t in column)]))
-            offsets.append(offset)
-            offset += first.numel()
-        self.n = offset
-        self.compute = tl_dtype(compute)
-        self.rows = rows
-        self.table = Table(rows, self.device)
-        self.offsets = torch.tensor(offsets, dtype=torch.int64)
-        self.chunk_flat = self.offsets[self.table.chunk_rows] + self.table.chunk_first
-        self.chunk_order = torch.argsort(self.chunk_flat)
+    tensors: Sequence[int]
+    counts: Sequence[int]
+    answers: Sequence[tuple[int, int]]
 
-    def run(self, counts: Sequence[int], tie_all: bool) -> list[tuple[int, int]]:
-        """(key, cut) of the counts[i] largest of each model."""
-        result = [NONE_KEPT if k <= 0 or self.n == 0 else (0, self.n - 1) for k in counts]
-        pending = [m for m, k in enumerate(counts) if 0 < k < self.n]
-        if not pending:
-            return result
-        if self.n <= SMALL:
-            for m in pending:
-                keys = self._keys(m)
-                key = int(torch.sort(keys, descending=True).values[counts[m] - 1])
-                rank = counts[m] - int((keys > key).sum())
-                result[m] = (key, self.n - 1 if tie_all else int(torch.nonzero(keys == key)[rank - 1]))
-            return result
-        brackets = self._guess(counts)
-        missed = []
-        counted = self._count(brackets)
-        for m in pending:
-            found = counted.finish(m, counts[m], brackets[m], tie_all)
-            if found is None:
-                missed.append(m)
-            else:
-                result[m] = found
-        if missed:
-            exact = self._by_digits(counts)
-            counted = self._count([(key, key, key) for key in exact])
-            for m in missed:
-                result[m] = counted.finish(m, counts[m], (exact[m],) * 3, tie_all)
-        return result
 
-    # ---- launches
+def _room(n: int, expected: float) -> int:
+    """Keys that a row may collect: half more than expected in its bracket, and a sixteenth of all for keys that many elements share."""
+    return min(n, int(1.5 * expected) + n // 16 + 64)
 
-    def _launch(self, kernel, group, programs, *args, **constants) -> None:
-        base, model, is_aligned = group.key
-        if kernel is not kernels.sample_kernel:
-            constants |= {"ALIGNED": is_aligned, "CHUNK": CHUNK, "BLOCK": block_of(self.compute)}
+
+@dataclass
+class _Layout:
+    """What the host works out, as lists of words."""
+
+    rows: list[int] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)  # of collected keys, one per slot
+    sample_pieces: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)  # first states of the samples' order statistics
+    units: dict[Group, list[int]] = field(default_factory=dict)
+    room: int = 0  # collected keys
+    sampled: int = 0  # rows
+    samples: int = 0  # keys
+
+
+class Selection:
+    """Selections over tensors of `table` whose arithmetic is `compute`. Side buffers are made here; `run` only launches.
+
+    `sizes` and `offsets` are those of the table's rows: elements, and flat index of the first one in its segment; `first_chunk` numbers
+    chunks over all rows; `to` says which of a model's words get the result.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        segments: Sequence[Segment],
+        sizes: Sequence[int],
+        first_chunk: Sequence[int],
+        compute: torch.dtype,
+        tie_all: bool,
+        to: int = KEY_WORD.value,
+    ) -> None:
+        wide = compute == torch.float64
+        key_dtype = torch.int64 if wide else torch.int32
+        self.to = to
+        self.table, self.compute, self.tie_all, self.bits = table, tl_dtype(compute), tie_all, 63 if wide else 31
+        self.digits = -(-self.bits // 8)
+        self.models = len(segments[0].counts)
+        self.groups = [g for g in table.groups if g.key[3] == self.compute]
+        device = self.device = table.words.device
+        layout = _Layout()
+        for segment in segments:
+            self._lay_out(layout, segment, sizes, first_chunk)
+        self.rows_count = len(segments) * self.models
+        self.units_at, flat = [], []
+        for group in self.groups:
+            words = layout.units.get(group, [])
+            self.units_at.append((len(flat) // 6, len(words) // 6))
+            flat += words
+        places = [table.row_at[t] for segment in segments for t in segment.tensors]
+        given = pack(device, layout.rows, layout.pieces, layout.sample_pieces, flat, places, layout.states)
+        self.rows, self.pieces, self.sample_pieces, self.units, self.places, first_states = given
+        jobs = 3 * layout.sampled
+        # 64 bits count everything, 32 what is shorter than 2**31.
+        largest = max((sum(sizes[t] for t in segment.tensors) for segment in segments), default=0)
+        count = torch.int64 if largest >= 2**31 else torch.int32
+        slots = len(layout.pieces) // 3
+        self._zeroed, (self.counters, self.any_slow, self.filled, self.equal, self.histograms, self.sample_histograms) = arena(
+            device, (self.rows_count * rank.COUNTERS.value, torch.int64), (1, torch.int64), (slots * 32, torch.int32),
+            (self.models * table.chunks, torch.int32), (self.rows_count * self.digits * 256, count), (jobs * self.digits * 256, count),
+        )  # fmt: skip
+        _, (self.settled, self.states, self.sample_states, self.equal_mid, self.keys, self.chunk_of, self.sample) = arena(
+            device, (self.rows_count * rank.SETTLED_WORDS.value, torch.int64), (self.rows_count * (self.digits + 1) * 2, torch.int64),
+            (jobs * (self.digits + 1) * 2, torch.int64), (self.models * table.chunks, torch.int32), (layout.room, key_dtype),
+            (layout.room, torch.int32), (layout.samples, key_dtype),
+        )  # fmt: skip
+        if jobs:
+            self.sample_states.view(jobs, -1)[:, :2] = first_states.view(jobs, 2)
+
+    def _lay_out(self, layout: _Layout, segment: Segment, sizes: Sequence[int], first_chunk: Sequence[int]) -> None:
+        n = sum(sizes[t] for t in segment.tensors)
+        chunk, chunks = first_chunk[segment.tensors[0]], sum(chunks_of(sizes[t]) for t in segment.tensors)
+        sample = start = length = 0
+        if n > DIRECT and any(segment.counts):
+            sample, start, length = self._lay_out_sample(layout, segment, sizes, n)
+        for m, (k, answer) in enumerate(zip(segment.counts, segment.answers, strict=True)):
+            if k == 0:
+                layout.rows += [0, n, 0, 0, 0, 0, -1, chunk, chunks, *answer]
+                continue
+            room, sampled = n, -1
+            if sample:
+                p = k / n
+                spread = DEVIATIONS * math.sqrt(sample * p * (1 - p)) + 2
+                low, high = math.ceil(sample * p + spread), math.floor(sample * p - spread)
+                layout.states += [0, low if low <= sample else 0, 0, min(max(round(sample * p), 1), sample), 0, max(high, 0)]
+                sampled = layout.sampled
+                layout.sampled += 1
+                for first in range(0, length, PIECE):
+                    layout.sample_pieces += [sampled, start + m * length + first, min(PIECE, length - first)]
+                room = _room(n, 2 * spread / sample * n)
+            slots = min(max(chunks // CHUNKS_PER_SLOT, 1), MAX_SLOTS)
+            each = -(-room // slots) + (64 if slots > 1 else 0)
+            row = len(layout.rows) // rank.WORDS.value
+            layout.rows += [k, n, len(layout.pieces) // 3, slots, each, layout.room, sampled, chunk, chunks, 0, 0]
+            for _ in range(slots):
+                layout.pieces += [row, layout.room, each]
+                layout.room += each
+
+    def _lay_out_sample(self, layout: _Layout, segment: Segment, sizes: Sequence[int], n: int) -> tuple[int, int, int]:
+        """Who reads which runs. Returns how many keys a model's sample has, where they start, and how much room each model's take."""
+        # A sixteenth of few elements, a 64th of many: the bracket is as narrow as the square root of the sample is large.
+        runs = min(max(n // (64 * RUN), min(n // (16 * RUN), 256)), RUNS)
+        stride = n // runs
+        start, length = layout.samples, runs * RUN
+        layout.samples += self.models * length
+        sample = offset = 0
+        for t in segment.tensors:
+            begin, end = (min(-(-x // stride), runs) for x in (offset, offset + sizes[t]))
+            offset += sizes[t]
+            sample += (end - begin) * min(RUN, sizes[t])
+            for first in range(begin, end, TOGETHER):
+                words = layout.units.setdefault(self.table.group_of[t], [])
+                words += [self.table.row_at[t], first, min(TOGETHER, end - first), start, length, stride]
+        return sample, start, length
+
+    def run(self) -> None:
+        """Put the selections into the table's rows."""
+        self._zeroed.zero_()
+        table, bits = self.table.words, self.bits
+        slots, pieces = len(self.pieces) // 3, len(self.sample_pieces) // 3
+        for group, (first, units) in zip(self.groups, self.units_at):
+            base, model = group.key[:2]
+            launch(
+                select.sample_kernel, units * self.models, self.device, table, self.units, first, self.sample,
+                HAS_BASE=base is not None, BASE=base or model, MODEL=model, COMPUTE=self.compute, MODELS=self.models, RUN=RUN,
+                TOGETHER=TOGETHER,
+            )  # fmt: skip
+        for digit in range(self.digits):
+            launch(
+                rank.radix_kernel, pieces, self.device, self.sample_pieces, self.filled, self.settled, self.sample, self.sample_states,
+                self.sample_histograms, digit, BITS=bits, STATISTICS=3, FILLED=False, BLOCK=BLOCK,
+            )  # fmt: skip
+        launch(
+            rank.bracket_ends_kernel, self.rows_count, self.device, self.rows, self.settled, self.sample_states, self.sample_histograms,
+            BITS=bits, SAMPLES=pieces > 0,
+        )  # fmt: skip
+        for group in self.groups:
+            self._over_data(
+                select.bracket_kernel, group, group.chunks * self.models, group.chunks_at, self.table.chunks, self.rows, self.settled,
+                self.counters, self.equal_mid, self.filled, self.keys, self.chunk_of,
+            )  # fmt: skip
+        launch(
+            rank.where_to_look_kernel, self.rows_count, self.device, self.rows, self.settled, self.counters, self.filled, self.states,
+            self.any_slow, BITS=bits, BLOCK=MAX_SLOTS,
+        )  # fmt: skip
+        for digit in range(self.digits):
+            launch(
+                rank.radix_kernel, slots, self.device, self.pieces, self.filled, self.settled, self.keys, self.states, self.histograms,
+                digit, BITS=bits, STATISTICS=1, FILLED=True, BLOCK=BLOCK,
+            )  # fmt: skip
+            for group in self.groups:
+                self._over_data(
+                    select.digits_kernel, group, min(group.chunks * self.models, PERSISTENT), group.chunks_at, group.chunks, self.any_slow,
+                    self.settled, self.states, self.histograms, digit, BITS=bits,
+                )  # fmt: skip
+        launch(rank.settle_kernel, self.rows_count, self.device, self.rows, self.settled, self.states, self.histograms, BITS=bits)
+        if not self.tie_all:
+            self._cut(slots)
+        padded = 1 << (self.models - 1).bit_length()
+        launch(
+            rank.publish_kernel,
+            len(self.places),
+            self.device,
+            table,
+            self.places,
+            self.settled,
+            MODELS=self.models,
+            PADDED=padded,
+            TO=self.to,
+        )
+
+    def _cut(self, slots: int) -> None:
+        chunks = self.table.chunks
+        launch(
+            rank.tally_found_kernel, slots, self.device, self.pieces, self.filled, self.keys, self.chunk_of, self.settled, self.equal,
+            chunks, MODELS=self.models, BLOCK=BLOCK,
+        )  # fmt: skip
+        for group in self.groups:
+            self._over_data(
+                select.tally_kernel, group, min(group.chunks * self.models, PERSISTENT), group.chunks_at, group.chunks, self.any_slow,
+                self.settled, self.equal, chunks,
+            )  # fmt: skip
+        for group in self.groups:
+            self._over_data(
+                select.cut_kernel, group, self.rows_count, self.table.entries_at, group.chunks_at, group.chunks, chunks, self.rows,
+                self.settled, self.equal_mid, self.equal, WALK=WALK,
+            )  # fmt: skip
+
+    def _over_data(self, kernel, group: Group, programs: int, *args, **constants) -> None:
+        base, model, _, compute, is_aligned = group.key
         launch(
             kernel, programs, self.device, self.table.words, *args, HAS_BASE=base is not None, BASE=base or model, MODEL=model,
-            COMPUTE=self.compute, **constants,
+            COMPUTE=compute, MODELS=self.models, ALIGNED=is_aligned, CHUNK=self.table.chunk, BLOCK=block_of(compute), **constants,
         )  # fmt: skip
-
-    def _keys(self, m: int) -> Tensor:
-        keys = torch.empty(self.n, dtype=self.key_dtype, device=self.device)
-        for group in self.table.groups:
-            self._launch(kernels.keys_kernel, group, group.chunks, group.chunks_at, m, 0, keys)
-        return keys
-
-    def chunk_keys(self, m: int, chunk: int) -> Tensor:
-        """Keys of one chunk again."""
-        size = min(CHUNK, self.rows[int(self.table.chunk_rows[chunk])].words[0] - int(self.table.chunk_first[chunk]))
-        keys = torch.empty(size, dtype=self.key_dtype, device=self.device)
-        at = self.table.chunks_at + 2 * chunk
-        group = next(g for g in self.table.groups if g.chunks_at <= at < g.chunks_at + 2 * g.chunks)
-        self._launch(kernels.keys_kernel, group, 1, at, m, int(self.chunk_flat[chunk]), keys)
-        return keys
-
-    def _guess(self, counts: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Per model a bracket (lo, mid, hi) of keys, from runs at jittered positions."""
-        runs = min(max(self.n // 64 // RUN, 256), 8192)
-        stride = self.n // runs
-        generator = torch.Generator().manual_seed(0)
-        flat = torch.arange(runs) * stride + torch.randint(stride, (runs,), generator=generator)
-        row = torch.searchsorted(self.offsets, flat, right=True) - 1  # the last of equal offsets: an empty tensor comes before
-        sizes = torch.tensor([r.words[0] for r in self.rows])[row]
-        first = torch.minimum(flat - self.offsets[row], (sizes - RUN).clamp(min=0))
-        samples = []
-        for key in dict.fromkeys(r.group[:2] for r in self.rows):
-            mine = torch.tensor([r.group[:2] == key for r in self.rows])[row]
-            place = torch.tensor(self.table.row_at)[row[mine]]
-            table = torch.stack([place, first[mine]], 1).contiguous().to(self.device)
-            keys = torch.empty((self.models, len(place) * RUN), dtype=self.key_dtype, device=self.device)
-            group = next(g for g in self.table.groups if g.key[:2] == key)
-            programs = -(-len(place) // SLOTS) * self.models
-            self._launch(kernels.sample_kernel, group, programs, table, keys, len(place), MODELS=self.models, RUN=RUN, TOGETHER=SLOTS)
-            samples.append(keys)
-        sample = torch.sort(torch.cat(samples, 1), 1, descending=True).values
-        size = int((sample[0] >= 0).sum())
-        top = 2**self.bits - 1
-        ranks = []
-        for k in counts:
-            p = min(max(k / self.n, 0.0), 1.0)
-            spread = 6 * (size * p * (1 - p)) ** 0.5 + 2
-            ranks.append([p * size + spread, p * size, p * size - spread])
-        at = torch.tensor(ranks, dtype=torch.float64).long().clamp(0, size - 1).to(self.device)
-        values = torch.gather(sample, 1, at).tolist()
-        return [
-            (lo if low < size - 1 else 0, mid, hi if high > 0 else top) for (lo, mid, hi), (low, _, high) in zip(values, ranks, strict=True)
-        ]
-
-    def _count(self, brackets: Sequence[tuple[int, int, int]]) -> _Counted:
-        chunks = len(self.chunk_flat)
-        slots = min(SLOTS, chunks)
-        # An eighth of the elements, and never less than a chunk has.
-        segment = max(CHUNK, -(-chunks // slots) * CHUNK // 8)
-        counted = _Counted(self, chunks, slots, segment)
-        limits = torch.tensor(brackets, dtype=torch.int64).to(self.device)
-        before = 0
-        for group in self.table.groups:
-            self._launch(
-                kernels.bracket_kernel, group, group.chunks * self.models, group.chunks_at, before, chunks, limits, counted.counts,
-                counted.filled, counted.keys, counted.index, slots, segment, MODELS=self.models,
-            )  # fmt: skip
-            before += group.chunks
-        counted.read()
-        return counted
-
-    def _by_digits(self, counts: Sequence[int]) -> list[int]:
-        """The k-th key of each model, from its highest bits to its lowest."""
-        found = [0] * self.models
-        pivots_per_pass = 2**DIGIT - 1
-        for shift in reversed(range(0, self.bits, DIGIT)):
-            pivots = [[f + (j << shift) for j in range(1, pivots_per_pass + 1)] for f in found]
-            usable = [[p for p in row if p < 2**self.bits] for row in pivots]
-            table = torch.tensor([[min(p, 2**63 - 1) for p in row] for row in pivots], dtype=torch.int64).to(self.device)
-            reached = torch.zeros((self.models, pivots_per_pass), dtype=torch.int64, device=self.device)
-            for group in self.table.groups:
-                self._launch(
-                    kernels.pivots_kernel, group, group.chunks * self.models, group.chunks_at, table, reached,
-                    MODELS=self.models, PIVOTS=pivots_per_pass,
-                )  # fmt: skip
-            for m, (row, k) in enumerate(zip(reached.tolist(), counts, strict=True)):
-                found[m] = max([found[m], *(p for p, count in zip(usable[m], row) if count >= k)])
-        return found
-
-
-class _Counted:
-    """What one pass over the data counted and collected."""
-
-    def __init__(self, selector: Selector, chunks: int, slots: int, segment: int) -> None:
-        device, models = selector.device, selector.models
-        self.selector = selector
-        self.counts = torch.empty((models, 2, chunks), dtype=torch.int64, device=device)
-        self.filled = torch.zeros((models, slots, 32), dtype=torch.int32, device=device)
-        self.keys = torch.empty((models, slots, segment), dtype=selector.key_dtype, device=device)
-        self.index = torch.empty((models, slots, segment), dtype=torch.int64, device=device)
-
-    def read(self) -> None:
-        self.counts = self.counts.cpu()
-        self.filled = self.filled[:, :, 0].cpu()
-
-    def finish(self, m: int, k: int, bracket: tuple[int, int, int], tie_all: bool) -> tuple[int, int] | None:
-        """Selects among what was counted and collected; None when that does not contain the k-th key."""
-        mid = bracket[1]
-        segment = self.keys.shape[2]
-        above, equal = self.counts[m].sum(1).tolist()
-        collected = int(self.filled[m].sum())
-        if int(self.filled[m].max()) > segment or not above < k <= above + equal + collected:
-            return None
-        valid = (torch.arange(segment)[None, :] < self.filled[m][:, None]).to(self.keys.device)
-        keys, index = self.keys[m][valid], self.index[m][valid]
-        upper = int((keys > mid).sum())
-        last = self.selector.n - 1
-        if above + upper < k <= above + upper + equal:
-            return mid, last if tie_all else self._cut_at_mid(m, mid, k - above - upper)
-        others = equal if k > above + upper else 0  # keys equal to mid that come before the k-th
-        key = int(torch.sort(keys, descending=True).values[k - above - others - 1])
-        rank = k - above - others - int((keys > key).sum())
-        return key, last if tie_all else int(torch.sort(index[keys == key]).values[rank - 1])
-
-    def _cut_at_mid(self, m: int, mid: int, rank: int) -> int:
-        """Flat index of the rank-th element whose key is mid: counts lead to its chunk, and only that is looked at again."""
-        selector = self.selector
-        reached = torch.cumsum(self.counts[m, 1][selector.chunk_order], 0)
-        place = int(torch.searchsorted(reached, rank))
-        chunk = int(selector.chunk_order[place])
-        rank -= int(reached[place - 1]) if place else 0
-        within = torch.nonzero(selector.chunk_keys(m, chunk) == mid).reshape(-1)[rank - 1]
-        return int(selector.chunk_flat[chunk]) + int(within)

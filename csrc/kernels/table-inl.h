@@ -3,6 +3,7 @@
 
 #include "kernels/kl-inl.h"
 #include "kernels/lerp-inl.h"
+#include "kernels/low_rank-inl.h"
 #include "kernels/merge-inl.h"
 #include "kernels/reduce-inl.h"
 #include "kernels/select-inl.h"
@@ -11,7 +12,7 @@ namespace pymerge {
 namespace PYMERGE_TARGET {
 
 inline constexpr Kernels MakeTable(const char* name) {
-  return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp, KlForward, KlBackward};
+  return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp, KlForward, KlBackward, LowRank};
 }
 
 }  // namespace PYMERGE_TARGET

@@ -32,6 +32,9 @@ __all__ = ["AdapterReport", "merge_adapters"]
 SUMS = ("linear", "model_soup", "task_arithmetic")
 """Methods whose result on the products is a weighted sum, which thin factors give without forming any product."""
 
+ON_FACTORS = (*SUMS, "ties", "dare_linear", "dare_ties")
+"""Methods that can be applied to A and B separately: those that scale with the weights, whose roots go to either side, as PEFT has them."""
+
 
 @dataclass(frozen=True)
 class AdapterReport:
@@ -167,15 +170,15 @@ class _Job:
             if key not in known or key == "weight":
                 hint = "; give weights as an argument of its own" if key == "weight" else did_you_mean(key, known)
                 raise ValueError(f"{method.name!r} has no parameter {key!r}{hint}")
-        if self.on == "factors" and "weight" not in known:
-            raise ValueError(f"{method.name!r} has no weights, so it cannot be applied to factors; leave out on='factors'")
+        if self.on == "factors" and method.name not in ON_FACTORS:
+            raise ValueError(f"{method.name!r} cannot be applied to factors, only {', '.join(ON_FACTORS)}; leave out on='factors'")
         result: dict[str, Any] = {}
         for p in method.parameters:
             value = given.get(p.recipe)
             if p.recipe == "weight":
                 result[p.name] = self.weights
             elif value is None:
-                default = {"convention": "peft", "normalize": None if p.default is None else False}.get(p.recipe, p.default)
+                default = {"convention": "peft", "normalize": None if p.default is None else False}.get(p.recipe, p.default)  # as PEFT does
                 value = default if self.on == "factors" else p.default
                 if value is REQUIRED:
                     raise ValueError(f"{method.name!r} needs the parameter {p.recipe!r}")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from .dtypes import NAMES, name_of
 from .format import CheckpointError, load_json, open_regular
+from .links import check_link
+from .sizes import format_bytes
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
-__all__ = ["COPIED", "config_with_dtype", "files_to_copy", "model_card", "read_config", "read_json", "to_json"]
+__all__ = ["COPIED", "CardInput", "config_with_dtype", "files_to_copy", "model_card", "read_config", "read_json", "to_json"]
 
 MAX_BYTES = 200_000_000
 
@@ -42,6 +45,7 @@ def read_small(path: Path) -> bytes:
     Raises:
         CheckpointError: it cannot be read or is not small.
     """
+    check_link(path)
     fd, info = open_regular(path)
     with open(fd, "rb") as file:
         if info.st_size > MAX_BYTES:
@@ -100,27 +104,65 @@ def _set_dtype(config: dict[str, Any], name: str) -> bool:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def model_card(recipe: Recipe, title: str, models: Sequence[str], base: str | None, transformers: bool) -> str:
-    """README.md of the output: front matter as Hugging Face reads it, what was merged, the recipe, and how to do it again."""
+@dataclass(frozen=True)
+class CardInput:
+    """One of the models that were merged, for the model card.
+
+    Attributes:
+        name: as the recipe writes it.
+        base: whether deltas were taken from it.
+        nbytes: of its tensors.
+        dtypes: their safetensors codes.
+        hashes: (file, SHA-256) of its files, as far as they are known.
+    """
+
+    name: str
+    base: bool
+    nbytes: int
+    dtypes: tuple[str, ...]
+    hashes: tuple[tuple[str, str], ...] = ()
+
+
+def model_card(recipe: Recipe, title: str, inputs: Sequence[CardInput], transformers: bool) -> str:
+    """README.md of the output: front matter as Hugging Face reads it, what was merged, the recipe, and how to do it again.
+
+    The same arguments give the same text: no dates, no paths but those of the recipe.
+    """
     # A path on somebody's disk is no model's name on the hub.
-    sources = [m for m in dict.fromkeys([*([base] if base else []), *models]) if _HUB_ID.fullmatch(m)]
-    front = ["---", *(["library_name: transformers"] if transformers else []), "tags:", "- merge", "- pymerge"]
-    if sources:
-        front += ["base_model:", *(f"- {m}" for m in sources)]
-    listed = [f"* {_code(m)}" for m in models]
+    on_hub = [name for name in dict.fromkeys(i.name for i in inputs) if _HUB_ID.fullmatch(name)]
+    front = ["---", *(["library_name: transformers"] if transformers else [])]
+    if on_hub:
+        front += ["base_model:", *(f"- {name}" for name in on_hub), "base_model_relation: merge"]
+    front += ["tags:", "- merge", "- pymerge", "---"]
     text = recipe.to_yaml()
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     lines = [
-        *front, "---", "", f"# {title}", "",
-        f"This model was merged with the method `{recipe.merge_method}` by pymerge {__version__}.", "",
-        "Merged models:", "", *listed, "",
-        *([f"Base model: {_code(base)}", ""] if base else []),
+        *front, "", f"# {_one_line(title)}", "",
+        f"Merged by the method `{recipe.merge_method}` with pymerge {__version__} from:", "",
+        *_input_table(inputs), "",
         "## Recipe", "", f"{fence}yaml", text.rstrip("\n"), fence, "",
-        "With the recipe in a file, this makes the same weights again:", "",
+        "## Do it again", "",
+        "With the recipe in a file `recipe.yml` and the same models, this makes the same weights, bit for bit:", "",
         "```sh", f"pip install pymerge-kernels=={__version__}", "pymerge merge recipe.yml OUT", "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
+def _input_table(inputs: Sequence[CardInput]) -> list[str]:
+    lines = ["| model | | size | dtype |", "| --- | --- | --: | --- |"]
+    lines += [f"| {_code(i.name)} | {'base' if i.base else ''} | {format_bytes(i.nbytes)} | {', '.join(i.dtypes)} |" for i in inputs]
+    known = [(i.name, *pair) for i in inputs for pair in i.hashes]
+    if known:
+        lines += ["", "| model | file | SHA-256 |", "| --- | --- | --- |"]
+        lines += [f"| {_code(name)} | {_code(file)} | `{digest}` |" for name, file, digest in known]
+    return lines
+
+
 def _code(text: str) -> str:
+    """A code span for a cell of a table, whatever the text has in it."""
+    text = _one_line(text).replace("|", "\\|")
     return f"`{text}`" if "`" not in text else f"`` {text} ``"
+
+
+def _one_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .format import MAX_HEADER_BYTES, CheckpointError, load_json, open_regular
+from .links import check_link
 
 __all__ = ["Layout", "find_files"]
 
@@ -50,11 +51,11 @@ def find_files(path: Path) -> Layout:
     if path.is_dir():
         return _in_folder(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: does not exist")
+        raise CheckpointError(f"{path}: does not exist; name a .safetensors file or a folder with a checkpoint")
     if path.name.endswith(INDEX_SUFFIX):
-        return _from_index(path)
+        return _from_index(path, named_by_us=False)
     if path.name.endswith(PICKLED_INDEX_SUFFIX):
-        return _from_index(path, pickled=True)
+        return _from_index(path, pickled=True, named_by_us=False)
     if path.suffix == ".safetensors":
         return Layout(None, (path,))
     if path.suffix in PICKLED:
@@ -92,7 +93,9 @@ def _one_kind(folder: Path, names: list[str], single: str, index_suffix: str, su
     return Layout(folder, (folder / files[0],), pickled=pickled) if files else None
 
 
-def _from_index(index: Path, pickled: bool = False) -> Layout:
+def _from_index(index: Path, pickled: bool = False, named_by_us: bool = True) -> Layout:
+    if named_by_us:
+        check_link(index)
     fd, info = open_regular(index)
     with open(fd, "rb") as file:
         if info.st_size > MAX_HEADER_BYTES:
@@ -100,7 +103,7 @@ def _from_index(index: Path, pickled: bool = False) -> Layout:
         content = load_json(file.read(), str(index))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no 'weight_map' object with entries")
+        raise CheckpointError(f"{index}: has no 'weight_map' object with entries; download the index again")
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str):
             raise CheckpointError(f"{index}: weight_map[{name!r}] is not a file name")
@@ -109,12 +112,12 @@ def _from_index(index: Path, pickled: bool = False) -> Layout:
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise CheckpointError(f"{index}: {len(missing)} of {len(names)} shards are missing, the first: {missing[0]}")
+        raise CheckpointError(f"{index}: {len(missing)} of {len(names)} shards are missing, the first: {missing[0]}; download them too")
     return Layout(folder, tuple(folder / name for name in names), index, weight_map, pickled)
 
 
 def _check_shard_name(name: str, index: Path, suffixes: tuple[str, ...]) -> None:
-    """A shard lies beside its index. (It may be a symbolic link: that is how the Hugging Face cache stores every file.)"""
+    """A shard lies beside its index. (It may be a symbolic link, see :mod:`pymerge.checkpoint.links`.)"""
     if "/" in name or "\\" in name or ":" in name or name in ("", ".", ".."):
         raise CheckpointError(f"{index}: shard {name!r} points outside the folder of the index")
     if not name.endswith(suffixes) or not name.isprintable():

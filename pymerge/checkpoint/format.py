@@ -17,7 +17,10 @@ from typing import Any
 
 from .dtypes import BITS
 
-__all__ = ["MAX_HEADER_BYTES", "CheckpointError", "Header", "TensorInfo", "load_json", "open_regular", "parse_header", "read_header"]
+__all__ = [
+    "MAX_HEADER_BYTES", "CheckpointError", "Header", "InputChangedError", "TensorInfo", "load_json", "open_regular", "parse_header",
+    "read_header",
+]  # fmt: skip
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
@@ -26,6 +29,10 @@ MAX_BITS = 2**63 - 1
 
 class CheckpointError(ValueError):
     """A checkpoint on disk cannot be used. The message names the file and what is wrong with it."""
+
+
+class InputChangedError(CheckpointError):
+    """A checkpoint is no longer what it was when the merge began."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def open_regular(path: Path) -> tuple[int, os.stat_result]:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         os.close(fd)
-        raise CheckpointError(f"{path}: is not a regular file")
+        raise CheckpointError(f"{path}: is not a regular file; name a .safetensors file or a folder with a checkpoint")
     return fd, info
 
 
@@ -104,16 +111,23 @@ def read_header(path: Path) -> Header:
     try:
         size = info.st_size
         if size < 8:
-            raise CheckpointError(f"{path}: is {size} bytes long; a safetensors file begins with 8 bytes that hold its header's length")
+            raise CheckpointError(
+                f"{path}: is {size} bytes long; a safetensors file begins with 8 bytes that hold its header's length; download it again"
+            )
         length = int.from_bytes(_read_exactly(fd, 8, 0, path), "little")
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(
                 f"{path}: header of {length} bytes announced, more than the {MAX_HEADER_BYTES} allowed; this is not a safetensors file, "
-                "or it is damaged"
+                "or it is damaged: check what it is, or download it again"
             )
         if 8 + length > size:
-            raise CheckpointError(f"{path}: truncated: header of {length} bytes announced, but the file has {size} bytes in all")
-        tensors, metadata = parse_header(_read_exactly(fd, length, 8, path), size, path)
+            raise CheckpointError(
+                f"{path}: truncated: header of {length} bytes announced, but the file has {size} bytes in all; copy or download it again"
+            )
+        try:
+            tensors, metadata = parse_header(_read_exactly(fd, length, 8, path), size, path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; copy or download the file again") from None
         return Header(path, size, 8 + length, metadata, tensors, identity_of(info))
     finally:
         os.close(fd)

@@ -13,7 +13,7 @@ from ..recipe.source import read_sources
 from .format import CheckpointError
 from .plan import Plan, make_plan
 from .reader import open_checkpoint
-from .writer import is_file_target
+from .target import is_file_target
 
 __all__ = ["plan_merges"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,18 @@ from .sizes import format_bytes
 if TYPE_CHECKING:
     from .plan import TensorPlan
 
-__all__ = ["LEAST_MEMORY", "Buffers", "Group", "Job", "Piece", "Schedule", "default_memory", "input_pieces", "make_schedule", "size_of"]
+__all__ = [
+    "LEAST_MEMORY",
+    "Buffers",
+    "Group",
+    "Job",
+    "Piece",
+    "Schedule",
+    "default_memory",
+    "input_pieces",
+    "make_schedule",
+    "size_of",
+]
 
 BATCH = 8_000_000
 """Bytes of inputs below which tensors are read together: a hand-over between threads costs as much as copying a megabyte."""
@@ -139,7 +150,9 @@ def input_pieces(piece: Piece) -> dict[tuple[int, str], tuple[TensorInfo, int, i
     }
 
 
-def make_schedule(tensors: Sequence[TensorPlan], method: Method, dtype: str | None, memory: int | None = None) -> Schedule:
+def make_schedule(
+    tensors: Sequence[TensorPlan], method: Method, dtype: str | None, memory: int | None = None, done: Container[str] = ()
+) -> Schedule:
     """Cut the merge of `tensors` into jobs that keep within a budget.
 
     Args:
@@ -148,6 +161,7 @@ def make_schedule(tensors: Sequence[TensorPlan], method: Method, dtype: str | No
         dtype: code of the dtype that inputs are cast to first, None for none.
         memory: bytes for tensors on their way and for what a method gathers; :func:`default_memory` by default. Python and torch themselves
             take about 300 MB besides.
+        done: names of tensors that need not be merged any more. They are still read where the others are ranked together with them.
 
     Raises:
         ValueError: `memory` is less than LEAST_MEMORY, or the backend merges whole tensors only and ranks over the whole model are wanted.
@@ -156,7 +170,7 @@ def make_schedule(tensors: Sequence[TensorPlan], method: Method, dtype: str | No
     if memory < LEAST_MEMORY:
         raise ValueError(f"a memory budget of {format_bytes(memory)} is too small; it must be at least {format_bytes(LEAST_MEMORY)}")
     cutter = _Cutter(method, dtype, memory)
-    pieces = list(cutter.pieces(tensors))
+    pieces = list(cutter.pieces(tensors, done))
     jobs = _jobs(pieces, min(BATCH, memory // 8))
     largest_in = max((job.bytes_in for job in jobs), default=0)
     largest_out = max((job.bytes_out for job in jobs), default=0)
@@ -196,12 +210,16 @@ class _Cutter:
         self._slices = can_slice(torch.device("cpu"))
         self.warnings: list[str] = []
 
-    def pieces(self, tensors: Sequence[TensorPlan]) -> Iterable[Piece]:
+    def pieces(self, tensors: Sequence[TensorPlan], done: Container[str]) -> Iterable[Piece]:
         together = [t for t in tensors if self._over_the_model(t)]
         group = self._group(together) if together else None
+        passed = False
         for tensor in tensors:
+            if tensor.output.name in done:
+                continue
             if group is not None and tensor.output.name in group.tensors:
-                if tensor is together[0]:
+                if not passed:
+                    passed = True
                     for step in range(group.sliced.passes):
                         for one in together:
                             yield from self._cut(one, group, step)

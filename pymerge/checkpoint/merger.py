@@ -118,7 +118,7 @@ class TensorMerger:
                 first, other = (self._plan.names[tensor.inputs[k][0]] for k in (0, i))
                 raise MergeError(
                     f"{tensor.output.name!r} is of dtype {tensor.output.dtype}, which cannot be merged, "
-                    f"and differs between {first} and {other}"
+                    f"and differs between {first} and {other}; merge models that agree in it"
                 )
         out.copy_(pieces[0])
 
@@ -129,7 +129,9 @@ class TensorMerger:
         except NonFiniteError as error:
             raise NonFiniteError(self._with_model_name(str(error), tensor)) from None
         except (MemoryError, torch.OutOfMemoryError):
-            raise MergeError(f"{tensor.output.name!r}: there is not enough memory to merge it") from None
+            raise MergeError(
+                f"{tensor.output.name!r}: there is not enough memory to merge it; `pymerge plan` shows how much the merge takes"
+            ) from None
         except CheckpointError:
             raise
         except (ValueError, TypeError, RuntimeError) as error:

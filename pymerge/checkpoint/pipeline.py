@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from .memory import Job, Piece, Schedule, input_pieces, size_of
+from .meter import Meter
 from .ring import Ring, Stopped, aligned
 from .store import TensorStore
 from .writer import CheckpointWriter
@@ -82,6 +83,7 @@ def run(
     merger: PieceMerger,
     threads: int,
     progress: Callable[[int], None] | None,
+    meter: Meter | None = None,
 ) -> None:
     """Carry out a schedule.
 
@@ -92,27 +94,30 @@ def run(
         merger: called in this thread.
         threads: that read.
         progress: called in this thread with the bytes (read and written) of each job that was merged.
+        meter: told what each stage does.
 
     Raises:
         whatever reading, merging or writing raised first. All threads have ended when this returns or raises.
     """
+    meter = meter or Meter()
     inputs, outputs = Ring(schedule.buffers.inputs), Ring(schedule.buffers.outputs)
     workers = _Workers((inputs, outputs))
     try:
-        workers.start("reader", lambda: _read(stores, schedule.jobs, inputs, workers, threads))
-        workers.start("writer", lambda: _write(writer, outputs, workers))
+        workers.start("reader", lambda: _read(stores, schedule.jobs, inputs, workers, threads, meter))
+        workers.start("writer", lambda: _write(writer, outputs, workers, meter))
         for job in schedule.jobs:
             starts = workers.read.get()
             if starts is None:
                 raise Stopped
             position = outputs.take(job.bytes_out)
             written = []
-            for piece, own in zip(job.pieces, starts, strict=True):
-                merger.merge(piece, inputs.view, own, outputs.view, position)
-                if piece.merged:
-                    output = piece.tensor.output
-                    written.append((output.name, position, piece.bytes_out, size_of(output.dtype, piece.first)))
-                position += aligned(piece.bytes_out)
+            with meter.at_work("merging", job.bytes_in + job.bytes_out):
+                for piece, own in zip(job.pieces, starts, strict=True):
+                    merger.merge(piece, inputs.view, own, outputs.view, position)
+                    if piece.merged:
+                        output = piece.tensor.output
+                        written.append((output.name, position, piece.bytes_out, size_of(output.dtype, piece.first)))
+                    position += aligned(piece.bytes_out)
             inputs.release()
             workers.merged.put(written)
             if progress is not None:
@@ -128,7 +133,7 @@ def run(
         raise workers.error
 
 
-def _read(stores: Sequence[TensorStore], jobs: Sequence[Job], ring: Ring, workers: _Workers, threads: int) -> None:
+def _read(stores: Sequence[TensorStore], jobs: Sequence[Job], ring: Ring, workers: _Workers, threads: int, meter: Meter) -> None:
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="pymerge-read") as pool:
         for job in jobs:
             position = ring.take(job.bytes_in)
@@ -144,8 +149,9 @@ def _read(stores: Sequence[TensorStore], jobs: Sequence[Job], ring: Ring, worker
                     position += aligned(size)
 
             # A share of the reads for each thread, and not a task for each read: tensors may be tiny and many.
-            for _ in pool.map(lambda share: _read_all(share, workers), [reads[i::threads] for i in range(threads)]):
-                pass
+            with meter.at_work("reading", sum(len(target) for _, _, target, _ in reads)):
+                for _ in pool.map(lambda share: _read_all(share, workers), [reads[i::threads] for i in range(threads)]):
+                    pass
             workers.read.put(starts)
 
 
@@ -156,11 +162,12 @@ def _read_all(reads: list, workers: _Workers) -> None:
         store.read_into(info, target, begin)
 
 
-def _write(writer: CheckpointWriter, ring: Ring, workers: _Workers) -> None:
+def _write(writer: CheckpointWriter, ring: Ring, workers: _Workers, meter: Meter) -> None:
     while True:
         written = workers.merged.get()
         if written is None or workers.stopping.is_set():
             return
-        for name, position, nbytes, start in written:
-            writer.write(name, ring.view[position : position + nbytes], start)
+        with meter.at_work("writing", sum(nbytes for _, _, nbytes, _ in written)):
+            for name, position, nbytes, start in written:
+                writer.write(name, ring.view[position : position + nbytes], start)
         ring.release()

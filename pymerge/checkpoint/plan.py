@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,9 @@ from .parts import Input, Part, make_parts
 from .settings import resolve_parameters
 from .sources import Sources, open_sources
 from .store import TensorStore
-from .target import check_out
+from .target import check_out, is_file_target
 from .tied import Ties, find_ties
 from .views import Views
-from .writer import is_file_target
 
 __all__ = ["Plan", "TensorPlan", "make_plan"]
 
@@ -83,9 +82,9 @@ class Plan:
     alignment: Alignment | None
     warnings: tuple[str, ...]
 
-    def schedule(self, memory: int | None = None) -> Schedule:
+    def schedule(self, memory: int | None = None, *, done: Container[str] = ()) -> Schedule:
         """The work, cut up to fit a memory budget; see :func:`pymerge.checkpoint.memory.make_schedule`."""
-        return make_schedule(self.tensors, self.method, self.recipe.dtype, memory)
+        return make_schedule(self.tensors, self.method, self.recipe.dtype, memory, done)
 
     @property
     def bytes_read(self) -> int:
@@ -122,6 +121,7 @@ def make_plan(
     dtype: str | None = None,
     out_dtype: str | None = None,
     seed: int | None = None,
+    resume: bool = False,
     download: bool = False,
     named: Mapping[str, Path] | None = None,
 ) -> Plan:
@@ -131,7 +131,8 @@ def make_plan(
         recipe: a YAML or JSON file, a mapping of the same form, or either of them read already.
         out: where the result is to go, to check that too: a folder, or a .safetensors file. None plans for a folder.
         shard_size: bytes of tensors in one file, at most; a larger tensor has a file of its own.
-        force: an existing `out` may be replaced.
+        force: an existing `out` may be replaced, an unfinished one thrown away.
+        resume: an unfinished `out` may be continued.
         download: fetch models that the recipe names by hub id and that are not in the Hugging Face cache.
         named: paths of models that the recipe names by the names of other recipes in its file.
         dtype, out_dtype, seed: override the recipe's; dtypes as torch calls them ("bfloat16").
@@ -149,7 +150,7 @@ def make_plan(
             problems.warnings.append(f"the seed is not used: {method.name!r} is not random")
     sources = open_sources(parsed, problems, download, named)
     try:
-        return _complete(parsed, method, sources, problems, None if out is None else Path(out), shard_size, force)
+        return _complete(parsed, method, sources, problems, None if out is None else Path(out), shard_size, force, resume)
     except BaseException:
         sources.close()
         raise
@@ -184,7 +185,14 @@ def _method(recipe: Recipe, problems: Problems) -> Method | None:
 
 
 def _complete(
-    recipe: Recipe, method: Method | None, sources: Sources, problems: Problems, out: Path | None, shard_size: int, force: bool
+    recipe: Recipe,
+    method: Method | None,
+    sources: Sources,
+    problems: Problems,
+    out: Path | None,
+    shard_size: int,
+    force: bool,
+    resume: bool,
 ) -> Plan:
     parts = make_parts(recipe, method, sources, problems)
     ties = find_ties(sources)
@@ -213,7 +221,7 @@ def _complete(
         metadata = {"format": "pt", "pymerge_version": __version__, "pymerge_recipe": recipe.to_yaml()}
         layout = make_layout([t.output for t in tensors], shard_size, metadata, out.name if single else None)
     if out is not None:
-        check_out(out, force, layout.total_size, sources, problems)
+        check_out(out, force, layout.total_size, sources, problems, resume)
     problems.raise_if_any()
     assert method is not None
     return Plan(

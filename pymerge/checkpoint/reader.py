@@ -13,7 +13,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 from .folder import find_files
-from .format import CheckpointError, Header, TensorInfo, identity_of, open_regular, read_header
+from .format import CheckpointError, Header, InputChangedError, TensorInfo, identity_of, open_regular, read_header
+from .links import check_link
 
 __all__ = ["Checkpoint", "check_range", "open_checkpoint"]
 
@@ -65,11 +66,14 @@ class Checkpoint:
                 count = os.preadv(fd, [view], position)
                 if count == 0:
                     raise CheckpointError(
-                        f"{info.file}: ends at byte {position}, inside tensor {info.name!r}; it was truncated after it was opened"
+                        f"{info.file}: ends at byte {position}, inside tensor {info.name!r}; it was truncated after it was opened: "
+                        "run this again when it is complete"
                     )
                 position, view = position + count, view[count:]
         except OSError as error:
-            raise CheckpointError(f"{info.file}: tensor {info.name!r} cannot be read: {error.strerror}") from None
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name!r} cannot be read: {error.strerror}; check the disk, or copy the file to another one"
+            ) from None
         finally:
             self._release(fd)
 
@@ -93,7 +97,7 @@ class Checkpoint:
                 fd, stat = open_regular(file)
                 if identity_of(stat) != self._by_file[file].identity:
                     os.close(fd)
-                    raise CheckpointError(f"{file}: changed since its header was read")
+                    raise InputChangedError(f"{file}: changed since its header was read; run this again when nothing writes to the models")
                 self._open[file] = fd
             self._open.move_to_end(file)
             self._in_use[fd] = self._in_use.get(fd, 0) + 1
@@ -136,6 +140,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{str(path)!r}: cannot be opened: {error}") from None  # a null byte in the path
+    if layout.folder is not None:
+        for file in layout.files:
+            check_link(file)
     folder = layout.folder or _model_folder(path)
     if layout.pickled:
         from .pickled import PickledCheckpoint  # torch is needed for these alone
@@ -159,10 +166,12 @@ def _check_index(index: Path | None, weight_map, headers: list[Header]) -> None:
     held = {header.file.name: header.tensors for header in headers}
     for name, file_name in weight_map.items():
         if name not in held[file_name]:
-            raise CheckpointError(f"{index}: says that {name!r} is in {file_name}, which does not have it")
+            raise CheckpointError(f"{index}: says that {name!r} is in {file_name}, which does not have it: download them again")
     for file_name, tensors in held.items():
         for name in tensors:
             if name not in weight_map:
-                raise CheckpointError(f"{index}: does not list {name!r}, which {file_name} holds")
+                raise CheckpointError(f"{index}: does not list {name!r}, which {file_name} holds: download them again")
             if weight_map[name] != file_name:
-                raise CheckpointError(f"{index}: says that {name!r} is in {weight_map[name]}, but {file_name} holds it too")
+                raise CheckpointError(
+                    f"{index}: says that {name!r} is in {weight_map[name]}, but {file_name} holds it too: download them again"
+                )

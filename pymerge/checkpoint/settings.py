@@ -61,7 +61,7 @@ def resolve_parameters(
         _require_one_ranking(method, resolved, problems)
         if (before or not problems) and is_built_in(method):
             for part, values in zip(parts, resolved, strict=True):
-                if not _has_none(method, values):
+                if _can_be_called(method, part) and not _has_none(method, values):
                     _try_out(method, part, values, problems)
     return resolved
 
@@ -80,9 +80,13 @@ def _require_one_ranking(method: Method, resolved: Sequence[dict[str, dict[str, 
     if other is not None:
         problems.add(
             ("parameters",),
-            "ranks over the whole model need the same densities and convention for all tensors; "
-            f"those of {first!r} and {other!r} differ",
+            f"ranks over the whole model need the same densities and convention for all tensors; those of {first!r} and {other!r} differ",
         )
+
+
+def _can_be_called(method: Method, part: Part) -> bool:
+    """Whether there is a base if one is needed, and as many models as the method takes: where not, that has been said."""
+    return (part.has_base or method.base != "required") and method.min_models <= len(part.models) <= method.max_models
 
 
 def _has_none(method: Method, resolved: dict[str, dict[str, Any]]) -> bool:

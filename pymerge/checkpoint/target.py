@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..recipe.problems import Problems
+from .partial import OutputInUseError, partial_of, peek
 from .sizes import format_bytes
-from .sources import Sources
-from .writer import check_target, leftovers
 
-__all__ = ["check_out"]
+if TYPE_CHECKING:
+    from ..recipe.problems import Problems
+    from .sources import Sources
+
+__all__ = ["check_out", "check_target", "is_file_target"]
 
 
-def check_out(out: Path, force: bool, nbytes: int, sources: Sources, problems: Problems) -> None:
+def is_file_target(out: Path) -> bool:
+    """Whether `out` names one .safetensors file rather than a folder."""
+    return out.suffix == ".safetensors"
+
+
+def check_out(out: Path, force: bool, nbytes: int, sources: Sources, problems: Problems, resume: bool = False) -> None:
     """Add to `problems` what speaks against writing `nbytes` to `out`."""
     out = out.absolute()
     for checkpoint in sources.checkpoints:
@@ -21,16 +30,63 @@ def check_out(out: Path, force: bool, nbytes: int, sources: Sources, problems: P
         if clash:
             problems.add_elsewhere(str(out), clash)
             return
+    unfinished = partial_of(out)
+    try:
+        state = peek(out)
+    except OutputInUseError as error:
+        problems.add_elsewhere(str(out), str(error).removeprefix(f"{out}: "))
+        return
+    if state == "committed" and resume:
+        return
     problem = check_target(out, force)
     if problem:
         problems.add_elsewhere(str(out), problem)
         return
+    if state == "begun" and not resume and not force:
+        problems.add_elsewhere(str(unfinished), UNFINISHED)
+        return
     ancestor = next(parent for parent in out.parents if parent.exists())
-    free = shutil.disk_usage(ancestor).free
+    free = shutil.disk_usage(ancestor).free + (_allocated(unfinished) if state else 0)
     if nbytes > free:
         problems.add_elsewhere(str(out), f"needs {format_bytes(nbytes)}, but its disk has {format_bytes(free)} free")
-    for path in leftovers(out):
-        problems.warnings.append(f"{path} is left over from a merge that was killed; delete it")
+
+
+UNFINISHED = "holds an unfinished merge; continue it with --resume (resume=True) or throw it away with --force (force=True)"
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes on the disk that the files below a folder take; files may have holes."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def check_target(out: Path, force: bool) -> str | None:
+    """What speaks against writing to `out`, None when nothing does."""
+    if not out.name:
+        return "is not a name for a new checkpoint"
+    ancestor = next(parent for parent in out.parents if parent.exists() or parent.is_symlink())
+    if not ancestor.is_dir():
+        return f"cannot be made: {ancestor} is not a folder"
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        return f"cannot be made: {ancestor} is not writable"
+    if out.is_symlink():
+        return "is a symbolic link; name the place that it points to"
+    if not out.exists():
+        return None
+    if is_file_target(out):
+        if not out.is_file():
+            return "exists and is not a file"
+        return None if force else "exists already; choose another name or replace it with --force"
+    if not out.is_dir():
+        return "exists and is not a folder"
+    entries = list(os.scandir(out))
+    if not entries:
+        return None
+    if not force:
+        return "exists already and is not empty; choose another name or replace it with --force"
+    # --force deletes a whole folder, so make sure that it is a checkpoint and not somebody's home.
+    if any(entry.is_dir(follow_symlinks=False) for entry in entries) or not any(e.name.endswith(".safetensors") for e in entries):
+        return "is not replaced: it holds folders, or no .safetensors file, so it does not look like a checkpoint; delete it yourself"
+    return None
 
 
 def _clash(out: Path, source: Path, files: set[Path]) -> str | None:

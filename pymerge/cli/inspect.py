@@ -2,61 +2,92 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
 
+from ..checkpoint.groups import in_order, layer_of
 from ..checkpoint.sizes import format_bytes
-from .errors import REFUSED
+from .errors import REFUSED, exits_with
 from .options import as_json
-from .text import printable
+from .text import count, print_json, printable, table
 
 __all__ = ["command"]
 
 
 @click.command("inspect", short_help="Show what is in a checkpoint.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-l", "--layers", is_flag=True, help="List the layers.")
 @click.option("-t", "--tensors", is_flag=True, help="List every tensor.")
 @click.option("-m", "--metadata", is_flag=True, help="Print the metadata, such as the recipe that a merge was made by.")
 @as_json
-def command(checkpoint, tensors, metadata, as_json) -> None:
-    """Show what is in CHECKPOINT: a .safetensors file, or a folder with model.safetensors or shards and an index.
+def command(checkpoint, layers, tensors, metadata, as_json) -> None:
+    """Show what is in CHECKPOINT: a .safetensors file, a folder with model.safetensors or shards and an index, or an index.
 
     Reads and checks the headers only. Exits with 2 when a file is malformed.
     """
-    from ..checkpoint.format import CheckpointError
     from ..checkpoint.reader import open_checkpoint
 
-    try:
+    with exits_with(REFUSED):
         opened = open_checkpoint(checkpoint)
-    except CheckpointError as error:
-        click.echo(f"error: {error}", err=True)
-        raise click.exceptions.Exit(REFUSED) from None
     if as_json:
-        click.echo(json.dumps(_as_dict(opened, tensors), indent=2))
+        print_json("inspect/1", _as_dict(opened, tensors))
         return
     _print(opened)
-    if metadata:
-        for header in opened.headers[:1]:
-            for key, value in header.metadata.items():
-                key, value = printable(key), printable(value)
-                click.echo(f"\n{key}:\n{value.rstrip()}" if "\n" in value else f"\n{key}: {value}")
+    if layers:
+        click.echo("")
+        groups = _groups(opened, layer_of)
+        table(["layer", "tensors", "parameters", "size", "dtypes"], [_row(name, groups[name]) for name in sorted(groups, key=in_order)])
     if tensors:
         click.echo("")
-        for info in opened.tensors.values():
-            click.echo(f"{printable(info.name)}  {info.dtype} {list(info.shape)}  {format_bytes(info.nbytes)}  {info.file.name}")
+        table(
+            ["tensor", "dtype", "shape", "size", *(["file"] if len(opened.files) > 1 else [])],
+            [
+                [i.name, i.dtype, str(list(i.shape)), format_bytes(i.nbytes), *([i.file.name] if len(opened.files) > 1 else [])]
+                for i in sorted(opened.tensors.values(), key=lambda i: in_order(i.name))
+            ],
+        )
+    if metadata:
+        _print_metadata(opened)
+
+
+def _groups(opened, group: Callable[[str], str]) -> dict[str, list]:
+    groups: dict[str, list] = {}
+    for info in opened.tensors.values():
+        groups.setdefault(group(info.name), []).append(info)
+    return groups
+
+
+def _row(name: str, infos: list) -> list[str]:
+    parameters, size = sum(i.numel for i in infos), sum(i.nbytes for i in infos)
+    return [name, f"{len(infos):,}", f"{parameters:,}", format_bytes(size), ", ".join(sorted({i.dtype for i in infos}))]
+
+
+def _sizes(infos: Iterable) -> dict:
+    infos = list(infos)
+    return {"tensors": len(infos), "parameters": sum(i.numel for i in infos), "bytes": sum(i.nbytes for i in infos)}
+
+
+def _by_dtype(opened) -> dict[str, list]:
+    groups: dict[str, list] = {}
+    for info in opened.tensors.values():
+        groups.setdefault(info.dtype, []).append(info)
+    return dict(sorted(groups.items(), key=lambda item: (-sum(i.nbytes for i in item[1]), item[0])))
 
 
 def _as_dict(opened, tensors: bool) -> dict:
+    layers = _groups(opened, layer_of)
     result = {
         "path": str(opened.path),
-        "files": [{"name": h.file.name, "bytes": h.size, "tensors": len(h.tensors), "metadata": h.metadata} for h in opened.headers],
-        "tensors": len(opened.tensors),
-        "parameters": sum(info.numel for info in opened.tensors.values()),
-        "bytes": opened.nbytes,
-        "dtypes": dict(Counter(info.dtype for info in opened.tensors.values())),
+        **_sizes(opened.tensors.values()),
+        "files": _files(opened),
+        "dtypes": {dtype: _sizes(infos) for dtype, infos in _by_dtype(opened).items()},
+        "layers": [
+            {"name": name, **_sizes(layers[name]), "dtypes": dict(Counter(i.dtype for i in layers[name]))}
+            for name in sorted(layers, key=in_order)
+        ],
     }
     if tensors:
         result["tensor_list"] = [
@@ -68,17 +99,40 @@ def _as_dict(opened, tensors: bool) -> dict:
 
 def _print(opened) -> None:
     infos = opened.tensors.values()
-    count = sum(info.numel for info in infos)
-    files = f"{len(opened.headers)} file{'s' if len(opened.headers) > 1 else ''}"
-    click.echo(f"{opened.path}: {len(infos)} tensors, {count:,} parameters, {format_bytes(opened.nbytes)} in {files}")
-    sizes: Counter = Counter()
-    for info in infos:
-        sizes[info.dtype] += info.nbytes
-    for dtype, size in sizes.most_common():
-        click.echo(f"  {dtype:<8} {sum(i.dtype == dtype for i in infos)} tensors, {format_bytes(size)}")
+    parameters = sum(info.numel for info in infos)
+    click.echo(
+        f"{opened.path}: {count(len(infos), 'tensor')}, {parameters:,} parameters, "
+        f"{format_bytes(opened.nbytes)} in {count(len(opened.files), 'file')}"
+    )
+    for dtype, group in _by_dtype(opened).items():
+        click.echo(f"  {dtype:<8} {count(len(group), 'tensor')}, {format_bytes(sum(i.nbytes for i in group))}")
     if infos:
         largest = max(infos, key=lambda info: info.nbytes)
         click.echo(f"  largest  {printable(largest.name)} {list(largest.shape)}, {format_bytes(largest.nbytes)}")
-    version = next((h.metadata["pymerge_version"] for h in opened.headers if "pymerge_version" in h.metadata), None)
+    version = next((m["pymerge_version"] for m in _metadata(opened).values() if "pymerge_version" in m), None)
     if version:
         click.echo(f"  merged by pymerge {printable(version)}; --metadata prints the recipe")
+
+
+def _metadata(opened) -> dict[str, dict[str, str]]:
+    """File name -> the strings in its header; only safetensors files have any."""
+    return {header.file.name: header.metadata for header in getattr(opened, "headers", ())}
+
+
+def _files(opened) -> list[dict]:
+    metadata, counts = _metadata(opened), Counter(info.file for info in opened.tensors.values())
+    return [
+        {"name": file.name, "bytes": file.stat().st_size, "tensors": counts[file], "metadata": metadata.get(file.name, {})}
+        for file in opened.files
+    ]
+
+
+def _print_metadata(opened) -> None:
+    """Of each file; shards that all say the same, as those of a merge do, are told once."""
+    distinct = {tuple(sorted(metadata.items())): name for name, metadata in _metadata(opened).items()}
+    for content, name in distinct.items():
+        if len(distinct) > 1:
+            click.echo(f"\n[{name}]")
+        for key, value in content:
+            key, value = printable(key), printable(value)
+            click.echo(f"\n{key}:\n{value.rstrip()}" if "\n" in value else f"\n{key}: {value}")

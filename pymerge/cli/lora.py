@@ -9,6 +9,7 @@ import click
 
 from ..checkpoint.sizes import format_bytes
 from .options import DTYPES, as_json
+from .text import print_json
 
 __all__ = ["command"]
 
@@ -95,7 +96,7 @@ class _usage_errors:
 def _print(report, as_json: bool) -> None:
     if as_json:
         content = {"out": str(report.out), "bytes": report.nbytes, "ranks": report.ranks, "kept": report.kept, "warnings": report.warnings}
-        click.echo(json.dumps(content, indent=2))
+        print_json("lora/1", content)
         return
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)

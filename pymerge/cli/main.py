@@ -11,11 +11,12 @@ import threading
 import click
 
 from .._version import __version__
-from .errors import explain
+from .errors import INTERRUPTED, REFUSED, Explanation, explain, notes_of
+from .text import print_json, printable
 
-__all__ = ["main"]
+__all__ = ["Terminated", "main"]
 
-COMMANDS = ("merge", "plan", "methods", "inspect", "lora", "report")
+COMMANDS = ("merge", "plan", "inspect", "diff", "verify", "lora", "methods", "report", "bench", "env", "completion")
 
 HELP = """Merge the weights of neural networks that share a base: checkpoint files in, a checkpoint file out.
 
@@ -23,6 +24,7 @@ HELP = """Merge the weights of neural networks that share a base: checkpoint fil
   pymerge plan recipe.yml            check a recipe, see what it would do
   pymerge merge recipe.yml out/      do it
   pymerge inspect out/               see what is in a checkpoint
+  pymerge diff out/ base/            see how far it is from another one
 
 Recipes are YAML files in mergekit's format; `pymerge methods` lists the methods and their parameters. A recipe of three lines:
 
@@ -33,10 +35,14 @@ Recipes are YAML files in mergekit's format; `pymerge methods` lists the methods
 """
 
 EPILOG = """\b
-Exit status: 0 done, 1 the merge failed while it ran, 2 bad usage, recipe or
-input (nothing was started), 130 interrupted. Whatever happens, the output
-appears complete or not at all.
+Exit status: 0 done, 1 the merge failed while it ran (diff: there are
+differences), 2 bad usage, recipe or input (nothing was started),
+130 interrupted. Whatever happens, the output appears complete or not at all.
 """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: everything is unwound as for Ctrl-C."""
 
 
 class _LazyGroup(click.Group):
@@ -77,6 +83,8 @@ def main(args: list[str] | None = None, prog_name: str = "pymerge") -> None:
         args: arguments without the program's name; those of the process by default.
         prog_name: how the program calls itself in its help.
     """
+    args = sys.argv[1:] if args is None else list(args)
+    as_json = "--json" in args[: args.index("--")] if "--" in args else "--json" in args
     if threading.current_thread() is threading.main_thread():
         # The default would leave the unfinished output behind; this unwinds as Ctrl-C does.
         signal.signal(signal.SIGTERM, _terminate)
@@ -84,22 +92,37 @@ def main(args: list[str] | None = None, prog_name: str = "pymerge") -> None:
         result = _group.main(args=args, prog_name=prog_name, standalone_mode=False)
         code = result if isinstance(result, int) else 0  # click returns the status that a command exits with
     except click.ClickException as error:
-        error.show()
+        if as_json:
+            _tell(Explanation("usage", error.format_message(), REFUSED), as_json)
+        else:
+            error.show()
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was written", err=True)
-        code = 130
+    except (click.Abort, KeyboardInterrupt) as error:
+        cause = error if isinstance(error, KeyboardInterrupt) else error.__cause__  # click makes an Abort of Ctrl-C
+        code = 128 + signal.SIGTERM if isinstance(cause, Terminated) else INTERRUPTED
+        _tell(Explanation("interrupted", "interrupted", code, notes=notes_of(cause)), as_json)
     except BrokenPipeError:
         # Whoever read our output has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
-        message, code = explain(error)
-        if message is None:
+        explanation = explain(error)
+        if explanation is None:
             raise
-        click.echo(message, err=True)
+        _tell(explanation, as_json)
+        code = explanation.status
     sys.exit(code)
 
 
+def _tell(explanation: Explanation, as_json: bool) -> None:
+    if as_json:
+        print_json("error/1", explanation.as_dict())
+        return
+    before = "" if explanation.kind in ("recipe", "interrupted") else "error: "
+    click.echo(f"{before}{printable(explanation.message)}", err=True)
+    for note in explanation.notes:
+        click.echo(note, err=True)
+
+
 def _terminate(number: int, frame: object) -> None:
-    sys.exit(128 + number)
+    raise Terminated

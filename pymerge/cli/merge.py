@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from ..checkpoint.meter import STAGES, Meter
 from ..checkpoint.sizes import format_bytes
-from .options import merge_options
+from .options import Size, as_json, merge_options
+from .text import count, print_json
 
 __all__ = ["command"]
 
@@ -16,10 +18,17 @@ __all__ = ["command"]
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @merge_options
+@click.option("--resume", is_flag=True, help="Continue where an interrupted merge into OUT ended, if there was one.")
+@click.option("--verify", is_flag=True, help="Record the inputs' SHA-256; reads them once more.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads that read and compute; by default one per CPU.")
+@click.option(
+    "--memory", type=Size(), metavar="SIZE", help="Budget for tensors on their way: 2GB; by default 4GB or a quarter of the memory."
+)
 @click.option("--no-check-finite", is_flag=True, help="Let NaN and infinities in inputs through.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def command(recipe, out, shard_size, dtype, out_dtype, seed, download, force, threads, no_check_finite, quiet) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Say what reading, merging and writing took.")
+@as_json
+def command(recipe, out, force, resume, verify, threads, memory, no_check_finite, quiet, verbose, as_json, **options) -> None:
     """Merge checkpoints as RECIPE says and write the result to OUT.
 
     RECIPE is a YAML or JSON file in mergekit's format. OUT is a folder to make (shards, index, config, tokenizer, README.md) or a file
@@ -28,36 +37,92 @@ def command(recipe, out, shard_size, dtype, out_dtype, seed, download, force, th
     When all models are LoRA adapters, they are merged into a new adapter (see `pymerge lora merge`).
 
     Models are .safetensors files, or folders with model.safetensors or shards and an index. Relative paths are looked up in the recipe's
-    folder first, then in the current one. Everything is checked before anything is read; memory stays near the largest tensor of each
-    model; OUT appears when it is complete. A file with several recipes is merged into folders of their names in OUT.
+    folder first, then in the current one. Everything is checked before anything is read; memory stays within a budget; OUT appears
+    when it is complete. Until then the work is in OUT.partial, where --resume finds it after an interrupt or a crash.
+    A file with several recipes is merged into folders of their names in OUT.
     """
-    from ..checkpoint.adapter_recipe import is_adapter_recipe, merge_adapter_recipe
+    from ..checkpoint.adapter_recipe import is_adapter_recipe
     from ..checkpoint.many import plan_merges
     from ..checkpoint.merge import run_plan
-    from .progress import progress_bar
+    from .progress import Progress, shown
 
+    told = not (quiet or as_json)
     if is_adapter_recipe(recipe):
-        report = merge_adapter_recipe(recipe, out, dtype=out_dtype or dtype, seed=seed, force=force)
-        if not quiet:
-            for warning in report.warnings:
-                click.echo(f"warning: {warning}", err=True)
-            click.echo(f"{out}: an adapter of {report.tensors // 2} modules, {format_bytes(report.bytes_written)}")
+        _merge_adapters(recipe, out, options, force, told, as_json)
         return
-    options = {"shard_size": shard_size, "dtype": dtype, "out_dtype": out_dtype, "seed": seed, "download": download}
-    for place, plan in plan_merges(recipe, out, force=force, **options):
-        if plan is None:
-            if not quiet:
-                click.echo(f"{place}: is there already")
-            continue
-        with plan:
-            if not quiet:
-                for warning in plan.warnings:
+    done, there = [], []
+    try:
+        for place, plan in plan_merges(recipe, out, force=force, resume=resume, **options):
+            if plan is None:
+                there.append(str(place))
+                if told:
+                    click.echo(f"{place}: is there already")
+                continue
+            meter = Meter()
+            with plan:
+                for warning in plan.warnings if told else ():
                     click.echo(f"warning: {warning}", err=True)
-            with progress_bar(plan.bytes_read + plan.bytes_written, quiet) as progress:
-                report = run_plan(plan, place, force=force, check_finite=not no_check_finite, progress=progress, threads=threads)
-        if not quiet:
-            moved = report.bytes_read + report.bytes_written
-            click.echo(
-                f"{place}: {report.tensors} tensors, {format_bytes(report.bytes_written)}, "
-                f"merged by {plan.method.name} in {report.seconds:.1f} s ({format_bytes(moved / max(report.seconds, 1e-9))}/s)"
-            )
+                try:
+                    to_read = plan.schedule(memory).bytes_read
+                except ValueError as error:
+                    raise click.UsageError(str(error)) from None
+                with shown("merging", Progress(to_read + plan.bytes_written, meter), quiet):
+                    report = run_plan(
+                        plan, place, force=force, resume=resume, verify=verify, check_finite=not no_check_finite, threads=threads,
+                        memory=memory, meter=meter,
+                    )  # fmt: skip
+            for warning in report.warnings[len(plan.warnings) :] if told else ():
+                click.echo(f"warning: {warning}", err=True)
+            done.append(_as_dict(plan, report, meter))
+            if told:
+                _print(place, plan, report, meter, verbose)
+    except KeyboardInterrupt as error:
+        error.__notes__ = getattr(error, "__notes__", ["nothing was kept; the same command starts over"])
+        raise
+    if as_json:
+        print_json("merge/1", {"merges": done, "there_already": there})
+
+
+def _merge_adapters(recipe, out, options: dict, force: bool, told: bool, as_json: bool) -> None:
+    from ..checkpoint.adapter_recipe import merge_adapter_recipe
+
+    report = merge_adapter_recipe(recipe, out, dtype=options["out_dtype"] or options["dtype"], seed=options["seed"], force=force)
+    for warning in report.warnings if told else ():
+        click.echo(f"warning: {warning}", err=True)
+    if told:
+        click.echo(f"{out}: an adapter of {count(report.tensors // 2, 'module')}, {format_bytes(report.bytes_written)}")
+    if as_json:
+        written = {"out": str(report.out), "tensors": report.tensors, "bytes_read": report.bytes_read, "seconds": report.seconds}
+        files = [{"path": str(path), "bytes": path.stat().st_size} for path in report.files]
+        print_json(
+            "merge/1", {"merges": [], "adapter": {**written, "files": files, "warnings": list(report.warnings)}, "there_already": []}
+        )
+
+
+def _print(place: Path, plan, report, meter: Meter, verbose: bool) -> None:
+    if report.resumed:
+        click.echo(f"{count(report.resumed, 'tensor')} were done before")
+    moved = report.bytes_read + report.bytes_written
+    click.echo(
+        f"{place}: {count(report.tensors, 'tensor')}, {format_bytes(report.bytes_written)}, "
+        f"merged by {plan.method.name} in {report.seconds:.1f} s ({format_bytes(moved / max(report.seconds, 1e-9))}/s)"
+    )
+    for stage in STAGES if verbose else ():
+        slowest = "; the others waited for it" if stage == meter.slowest() else ""
+        size, seconds = format_bytes(meter.bytes[stage]), meter.seconds[stage]
+        click.echo(f"  {stage}  {size} in {seconds:.2f} s ({format_bytes(meter.rate(stage))}/s){slowest}")
+
+
+def _as_dict(plan, report, meter: Meter) -> dict:
+    return {
+        "out": str(report.out),
+        "merge_method": plan.method.name,
+        "files": [{"path": str(path), "bytes": path.stat().st_size} for path in report.files],
+        "tensors": report.tensors,
+        "resumed_tensors": report.resumed,
+        "bytes_read": report.bytes_read,
+        "bytes_written": report.bytes_written,
+        "seconds": report.seconds,
+        "stages": {stage: {"bytes": meter.bytes[stage], "seconds": meter.seconds[stage]} for stage in STAGES},
+        "warnings": list(report.warnings),
+    }

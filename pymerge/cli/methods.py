@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+import textwrap
 
 import click
 
 from .options import as_json
+from .text import print_json
 
 __all__ = ["command"]
 
@@ -24,16 +26,19 @@ def command(name, as_json) -> None:
     if name is not None and name not in methods():
         from ..recipe.problems import did_you_mean
 
-        raise click.UsageError(f"there is no method {name!r}{did_you_mean(name, methods())}")
+        near = did_you_mean(name, methods())
+        raise click.UsageError(f"there is no method {name!r}{near or '; `pymerge methods` lists them'}")
     chosen = [get_method(n) for n in ([name] if name else methods())]
     if as_json:
-        click.echo(json.dumps([_as_dict(method) for method in chosen], indent=2))
+        print_json("methods/1", {"methods": [_as_dict(method) for method in chosen]})
     elif name:
         _describe(chosen[0])
     else:
         width = max(len(method.name) for method in chosen)
+        room = max(40, min(shutil.get_terminal_size().columns, 120) - width - 2)
         for method in chosen:
-            click.echo(f"{method.name:<{width}}  {method.summary}")
+            summary = textwrap.fill(method.summary, room).replace("\n", "\n" + " " * (width + 2))
+            click.echo(f"{method.name:<{width}}  {summary}")
         click.echo("\n`pymerge methods NAME` describes one with its parameters.")
 
 

@@ -28,7 +28,7 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, also for an error.")
 
 _MERGE_OPTIONS = (
     click.option(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from ..checkpoint.sizes import format_bytes
 from .options import as_json, merge_options
-from .text import printable
+from .text import count, number, print_json, printable, table
 
 __all__ = ["command"]
 
@@ -21,21 +20,22 @@ WORKSPACE = 350_000_000
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @merge_options
-@click.option("-t", "--tensors", is_flag=True, help="List every tensor with its parameters.")
+@click.option("-v", "--verbose", "-t", "--tensors", "verbose", is_flag=True, help="List every tensor with its parameters.")
 @as_json
-def command(recipe, out, shard_size, dtype, out_dtype, seed, download, force, tensors, as_json) -> None:
+def command(recipe, out, verbose, as_json, **options) -> None:
     """Check RECIPE against the models it names, and OUT if given; show what would be read, merged and written, and the memory it takes.
 
     Reads headers only and writes nothing. Exits with 2 and lists every problem when the merge could not be done.
     """
     from ..checkpoint.plan import make_plan
 
-    options = {"shard_size": shard_size, "force": force, "dtype": dtype, "out_dtype": out_dtype, "seed": seed, "download": download}
     with make_plan(recipe, out, **options) as plan:
         if as_json:
-            click.echo(json.dumps(_as_dict(plan, tensors), indent=2))
+            print_json("plan/1", _as_dict(plan, verbose))
         else:
-            _print(plan, tensors)
+            _print(plan, verbose)
+            if out is None:
+                click.echo(f"\nto do it: pymerge merge {recipe} OUT")
 
 
 def _as_dict(plan, tensors: bool) -> dict:
@@ -57,7 +57,14 @@ def _as_dict(plan, tensors: bool) -> dict:
     }
     if tensors:
         result["tensor_list"] = [
-            {"name": t.output.name, "dtype": t.output.dtype, "shape": list(t.output.shape), "parameters": t.parameters}
+            {
+                "name": t.output.name,
+                "dtype": t.output.dtype,
+                "shape": list(t.output.shape),
+                "inputs": [{"path": str(plan.checkpoints[index].path), "name": info.name, "dtype": info.dtype} for index, info in t.inputs],
+                "copied": t.copied,
+                "parameters": t.parameters,
+            }
             for t in plan.tensors
         ]
     return result
@@ -73,10 +80,12 @@ def _print(plan, tensors: bool) -> None:
     click.echo(f"method   {plan.method.name}: {plan.method.summary}")
     for name, role, index in _inputs(plan):
         checkpoint = plan.checkpoints[index]
-        files = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) > 1 else ''}"
-        click.echo(f"{role:<8} {name}  ({len(checkpoint.tensors)} tensors, {format_bytes(checkpoint.nbytes)} in {files})")
+        sizes = f"{count(len(checkpoint.tensors), 'tensor')}, {format_bytes(checkpoint.nbytes)} in {count(len(checkpoint.files), 'file')}"
+        click.echo(f"{role:<8} {name}  ({sizes})")
     copied = sum(t.copied for t in plan.tensors)
-    click.echo(f"merge    {len(plan.tensors) - copied} tensors" + (f", copy {copied} that are not floating point" if copied else ""))
+    click.echo(
+        f"merge    {count(len(plan.tensors) - copied, 'tensor')}" + (f", copy {copied} that are not floating point" if copied else "")
+    )
     click.echo(f"read     {format_bytes(plan.bytes_read)}")
     shards = plan.layout.shards
     files = shards[0].file_name if len(shards) == 1 else f"{len(shards)} files of at most {format_bytes(max(s.size for s in shards))}"
@@ -88,12 +97,25 @@ def _print(plan, tensors: bool) -> None:
         click.echo(f"copy     config and tokenizer of {plan.donor}")
     if tensors:
         click.echo("")
-        for t in plan.tensors:
-            values = ", ".join(f"{key}={_short(value)}" for key, value in t.parameters.items() if value is not None)
-            click.echo(f"{printable(t.output.name)}  {t.output.dtype} {list(t.output.shape)}  {values or 'copied'}")
+        table(
+            ["tensor", "dtype", "shape", "from", "parameters"],
+            [[t.output.name, t.output.dtype, str(list(t.output.shape)), _origin(plan, t), _parameters(t)] for t in plan.tensors],
+            left=5,
+        )
+
+
+def _origin(plan, tensor) -> str:
+    """How many inputs, and under which name where that is another one."""
+    names = {info.name for _, info in tensor.inputs} - {tensor.output.name}
+    return count(len(tensor.inputs), "input") + (f" ({', '.join(map(printable, sorted(names)))})" if names else "")
+
+
+def _parameters(tensor) -> str:
+    return ", ".join(f"{key}={_short(value)}" for key, value in tensor.parameters.items() if value is not None) or "copied"
 
 
 def _short(value) -> str:
     if isinstance(value, tuple):
-        return "(" + ", ".join(map(_short, value)) + ")"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        # The same for every model is said once.
+        return _short(value[0]) if len(set(value)) == 1 else "(" + ", ".join(map(_short, value)) + ")"
+    return number(value) if isinstance(value, float) else str(value)

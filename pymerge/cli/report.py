@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from .options import as_json
+from .text import print_json
 
 __all__ = ["command"]
 
@@ -59,7 +59,10 @@ def command(results, margin, alpha, critical, introduced, plot, as_json) -> int:
         raise click.UsageError(str(error)) from None
     except ModuleNotFoundError as error:
         raise click.UsageError(f'{error.name} is not installed: pip install "pymerge-kernels[report]"') from None
-    click.echo(json.dumps(as_dict(matrix, gate), indent=1) if as_json else as_text(matrix, gate), nl=as_json)
+    if as_json:
+        print_json("report/1", as_dict(matrix, gate))
+    else:
+        click.echo(as_text(matrix, gate), nl=False)
     return gate.exit_code if gate else 0
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..finite import raise_if_not_finite
+from .. import many_ops
 from ..tree import Paired, Source
 
 __all__ = ["EMA", "ema_update"]
@@ -41,15 +40,14 @@ def _average(ema: Any, model: Any, decay: float, check_finite: bool, averaged: C
     pairs = Paired(ema, [model], labels=("ema", "model"), nonfloat="any", needs_base="ema_update")
     pairs.check_apart(pairs.sources[0], pairs.sources[1:])
     moving = {name for name in pairs.merged if averaged(name)}
-    for name in sorted(moving) if check_finite else ():
-        raise_if_not_finite([("model", pairs.tensors(name)[1][0])], name)
-    for name in pairs.names:
-        if pairs.first_name[name] != name:
-            continue
-        average, (current,) = pairs.tensors(name)
-        if name in moving:
-            ops.lerp_(average, current, 1.0 - decay)
-        else:
+    if check_finite:
+        many_ops.require_finite("model", [(name, pairs.tensors(name)[1][0]) for name in sorted(moving)])
+    rows = [(name, *pairs.tensors(name)) for name in pairs.names if pairs.first_name[name] == name]
+    many_ops.lerp_many_(
+        [average for name, average, _ in rows if name in moving], [x for name, _, (x,) in rows if name in moving], 1.0 - decay
+    )
+    for name, average, (current,) in rows:
+        if name not in moving:
             average.copy_(current)
 
 

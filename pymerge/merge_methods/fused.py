@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..conventions import Convention, kept_count
+from .. import many_ops
+from ..conventions import Convention
 from ..spec import MergeSpec
 from ..tree import Paired
 
@@ -26,65 +26,19 @@ def merge_each(pairs: Paired, tensor: Callable[..., Tensor], *, dtype: torch.dty
 
 
 def merge_models(pairs: Paired, spec: MergeSpec, *, dtype: torch.dtype | None, out: Any, check_finite: bool) -> Any:
-    """`spec` applied tensor by tensor; ranks and tied elections of scope "model" are taken over all tensors together first."""
-    scope = _ModelScope(pairs, spec) if spec.convention.scope == "model" and pairs.kind != "tensor" and pairs.merged else None
-
-    def merge_one(name: str, b: Tensor | None, xs: list[Tensor], dtype: torch.dtype, to: Tensor | None) -> Tensor:
-        if scope is None:
-            return ops.merge(b, xs, spec, name=name, dtype=dtype, out=to, check_finite=check_finite)
-        b, xs = scope.widened(b, xs)
-        return ops.merge(
-            b, xs, spec, name=name, selection=scope.selections.get(name), balance=scope.balance, dtype=dtype, out=to,
-            check_finite=check_finite,
-        )  # fmt: skip
-
-    return pairs.result(merge_one, dtype=dtype, out=out)
-
-
-class _ModelScope:
-    """What scope "model" knows of all tensors together: each model's threshold, and who wins a tied election.
-
-    The tensors count in the order of their names, as in the TIES authors' code, which flattens sorted state dicts. Magnitudes of fp32
-    and fp64 compare only when both are fp64, so if one tensor computes in fp64, all do.
-    """
-
-    def __init__(self, pairs: Paired, spec: MergeSpec) -> None:
-        names = sorted(pairs.merged)
-        devices = {pairs.facts[0][n].device for n in names}
+    """`spec` applied to every tensor; ranks and tied elections of scope "model" are taken over all tensors together."""
+    ranked_together = spec.convention.scope == "model" and pairs.kind != "tensor"
+    if ranked_together:
+        devices = {pairs.facts[0][n].device for n in pairs.merged}
         if len(devices) > 1:
             listed = ", ".join(sorted(map(str, devices)))
             raise ValueError(f'scope "model" ranks all tensors together, and they are on several devices: {listed}; move them to one')
-        self._widen = bool(pairs.doubles) and any(n not in pairs.doubles for n in names)
-        self.selections: dict[str, Tensor] = {}
-        self.balance: int | None = None
-        if spec.trims:
-            self._select(pairs, names, spec)
-        if spec.elect and spec.convention.zero_vote == "majority":
-            self.balance = 0
-            for name in names:
-                base, models = self.widened(*pairs.tensors(name))
-                self.balance += ops.vote_balance(base, models, spec, name=name, selection=self.selections.get(name))
-
-    def widened(self, base: Tensor | None, models: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-        """The tensors such that they compute in the scope's dtype; one fp64 tensor is enough for that."""
-        if not self._widen:
-            return base, models
-        return (base, [models[0].double(), *models[1:]]) if base is None else (base.double(), models)
-
-    def _select(self, pairs: Paired, names: Sequence[str], spec: MergeSpec) -> None:
-        rows = [pairs.tensors(name) for name in names]
-        bases = None if rows[0][0] is None else [base for base, _ in rows]
-        sizes = [models[0].numel() for _, models in rows]
-        counts = [kept_count(density, sum(sizes), spec.convention.k) for density in spec.densities]
-        columns = [[models[i] for _, models in rows] for i in range(len(counts))]
-        thresholds = ops.select(bases, columns, counts, spec.convention.tie_break)
-        start = 0
-        for name, size in zip(names, sizes):
-            # The cut counts from the model's first element; in a tensor it counts from the tensor's: -1 keeps no equal, size - 1 all.
-            local = thresholds.clone()
-            local[:, 1] = (local[:, 1] - start).clamp(-1, size - 1)
-            self.selections[name] = local
-            start += size
+    return pairs.result_of_many(
+        lambda jobs: many_ops.merge_many(jobs, spec, check_finite=check_finite),
+        lambda device: ranked_together or many_ops.in_one_go(device),
+        dtype=dtype,
+        out=out,
+    )
 
 
 def weights_that_sum(weights: Sequence[float], normalize: bool) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, slice_ops
+from .. import many_ops, ops, slice_ops
 from ..arguments import finite
 from ..tree import Paired
 from .registry import Parameter, register_method
@@ -36,12 +36,12 @@ def wise_ft(
     """
     alpha = finite(alpha, "alpha")
     pairs = Paired(base, [finetuned], labels=("base", "finetuned"), needs_base="wise_ft")
-
-    def merge_one(name: str, b: Tensor, xs: list[Tensor], dtype: torch.dtype, to: Tensor | None) -> Tensor:
-        labels = ("base", "finetuned")
-        return ops.lerp(b, xs[0], alpha, dtype=dtype, out=to, name=name, labels=labels, check_finite=check_finite)
-
-    return pairs.result(merge_one, dtype=dtype, out=out)
+    return pairs.result_of_many(
+        lambda jobs: many_ops.lerp_many(jobs, alpha, labels=("base", "finetuned"), check_finite=check_finite),
+        many_ops.in_one_go,
+        dtype=dtype,
+        out=out,
+    )
 
 
 class _Slices(Sliced):

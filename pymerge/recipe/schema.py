@@ -137,7 +137,7 @@ def parse_recipe(source: Source, problems: Problems) -> Recipe:
     else:
         _check_keys(data, problems)
     method = data.get("merge_method")
-    if not isinstance(method, str):
+    if not isinstance(method, str) or not method:
         if isinstance(source.data, Mapping):
             what = "is missing" if method is None else f"is {kind_of(method)}; write the name of a method"
             problems.add(("merge_method",), f"{what} (`pymerge methods` lists them)")

@@ -11,7 +11,7 @@ from typing import Any
 
 from .problems import Path, Problem, RecipeError
 
-__all__ = ["Source", "read_source", "read_sources"]
+__all__ = ["Source", "parse_text", "read_source", "read_sources"]
 
 MAX_BYTES = 4_000_000
 MAX_VALUES = 200_000
@@ -69,11 +69,20 @@ def read_sources(recipe: str | os.PathLike | Mapping) -> list[Source]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _failure(label, None, f"is not UTF-8 text (byte {error.start})") from None
+    return parse_text(text, label, path.parent, path.suffix == ".json")
+
+
+def parse_text(text: str, label: str, folder: FilePath | None, is_json: bool = False) -> list[Source]:
+    """Every recipe of a text.
+
+    Raises:
+        RecipeError: it cannot be parsed.
+    """
     try:
-        documents = [(_parse_json(text, label), {})] if path.suffix == ".json" else _parse_yaml(text, label)
+        documents = [(_parse_json(text, label), {})] if is_json else _parse_yaml(text, label)
     except RecursionError:
         raise _failure(label, None, "is nested too deep") from None
-    return [Source(label, path.parent, data, lines) for data, lines in documents]
+    return [Source(label, folder, data, lines) for data, lines in documents]
 
 
 def _failure(label: str, line: int | None, message: str) -> RecipeError:
@@ -82,16 +91,21 @@ def _failure(label: str, line: int | None, message: str) -> RecipeError:
 
 def _parse_json(text: str, label: str) -> Any:
     def unique(pairs: list) -> dict:
-        keys = [key for key, _ in pairs]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
             raise _failure(label, None, f"key {twice!r} occurs twice in one object")
-        return dict(pairs)
+        return result
 
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise _failure(label, error.lineno, f"is not valid JSON: {error.msg}") from None
+    except RecipeError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise _failure(label, None, f"is not valid JSON: {error}") from None
 
 
 def _parse_yaml(text: str, label: str) -> list[tuple[Any, dict[Path, int]]]:
@@ -139,7 +153,7 @@ class _NodeReader:
             raise _failure(self._label, None, f"has more than {MAX_VALUES} values")
         self.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.ScalarNode):
-            return self._loader.construct_object(node)
+            return self._scalar(node)
         if id(node) in self._inside:
             raise _failure(self._label, node.start_mark.line + 1, "contains itself through an alias")
         self._inside.add(id(node))
@@ -149,6 +163,13 @@ class _NodeReader:
             return self._mapping(node, path)
         finally:
             self._inside.discard(id(node))
+
+    def _scalar(self, node) -> Any:
+        try:
+            return self._loader.construct_object(node)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # PyYAML lets these through: `!!timestamp x`
+            line, text = node.start_mark.line + 1, node.value[:80]
+            raise _failure(self._label, line, f"is not valid YAML: {text!r} is not of the type {node.tag.rpartition(':')[2]!r}") from None
 
     def _mapping(self, node, path: Path) -> dict:
         import yaml
@@ -162,7 +183,7 @@ class _NodeReader:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _failure(self._label, line, "has a key that is a list or a mapping")
-            key = self._loader.construct_object(key_node)
+            key = self._scalar(key_node)
             if i >= inherited:
                 if key in seen:
                     raise _failure(self._label, line, f"key {key!r} occurs twice in one mapping")

@@ -205,6 +205,7 @@ def test_refused(three, tmp_path):
     refused(ValueError, "energy is 1.5", three, out, method="svd", energy=1.5)
     refused(ValueError, "on is 'A'", three, out, on="A")
     refused(ValueError, "'svd' is about the products", three, out, method="svd", on="factors")
+    refused(ValueError, "'breadcrumbs' cannot be applied to factors", three, out, method="breadcrumbs", on="factors")
     refused(ValueError, "dtype 'int8' is not a dtype", three, out, dtype="int8")
     refused(ValueError, "sum to zero", three[:2], out, method="linear", weights=[1, -1])
     refused(CheckpointError, "factors of different ranks", three, out, method="linear", on="factors")

@@ -205,7 +205,7 @@ def test_the_same_vocabulary_changes_nothing(tmp_path):
     merge({**recipe, "tokenizer_source": "union"}, tmp_path / "union")
     names = {path.name for path in (tmp_path / "plain").iterdir()}
     assert names == {path.name for path in (tmp_path / "union").iterdir()}
-    for name in names - {"README.md", "model.safetensors"}:
+    for name in names - {"README.md", "pymerge.json", "model.safetensors"}:
         assert json.loads((tmp_path / "plain" / name).read_bytes()) == json.loads((tmp_path / "union" / name).read_bytes())
     plain, union = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "union"))
     assert all(torch.equal(tensor, union[name]) for name, tensor in plain.items())

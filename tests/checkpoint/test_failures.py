@@ -1,14 +1,18 @@
-"""A merge that fails, wherever it fails, ends at once, names the culprit and leaves nothing."""
+"""A merge that fails, wherever it fails, ends at once, names the culprit and leaves nothing, or exactly what a resume needs."""
 
+import errno
 import os
+import shutil
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from pymerge import NonFiniteError
-from pymerge.checkpoint import memory, reader
-from pymerge.checkpoint.format import CheckpointError
+from pymerge.checkpoint import memory, reader, writer
+from pymerge.checkpoint.format import CheckpointError, InputChangedError
 from pymerge.checkpoint.merge import MergeError, merge
 from pymerge.checkpoint.ring import Ring, Stopped
 from pymerge.checkpoint.writer import CheckpointWriter
@@ -37,6 +41,18 @@ def models(tmp_path, files, **changes):
             tensors[key] = value
         save_model(tmp_path / name, tensors)
     files["before"] = tree(tmp_path)
+
+
+def continued(recipe):
+    """What was left is enough to finish with the bytes of a merge that nothing interrupted; then everything is removed."""
+    assert os.path.exists("out.partial") and not os.path.exists("out")
+    report = merge(recipe, "out", resume=True)
+    assert 0 < report.resumed < report.tensors or report.bytes_read == 0
+    merge(recipe, "fresh")
+    assert tree(Path("out")) == tree(Path("fresh"))
+    assert not os.path.exists("out.partial")
+    shutil.rmtree("out")
+    shutil.rmtree("fresh")
 
 
 def ties(**more):
@@ -94,6 +110,54 @@ def test_input_truncated_while_merging(tmp_path, nothing_is_left, monkeypatch):
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("how", ["touched", "replaced", "grown", "removed"])
+def test_input_changed_after_it_was_read(tmp_path, nothing_is_left, monkeypatch, how):
+    """Also when no read fails: the result would be a mixture of two models, or not what the recipe says."""
+    models(tmp_path, nothing_is_left)
+    path, other = tmp_path / "a/model.safetensors", tmp_path / "kept"
+    before = path.stat()
+
+    def progress(done, total):
+        if done == total:
+            if how == "touched":
+                os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+            elif how == "replaced":
+                shutil.copy2(path, other)
+                os.replace(other, path)
+            elif how == "grown":
+                with open(path, "ab") as file:
+                    file.write(b"x")
+            else:
+                path.unlink()
+
+    content = path.read_bytes()
+    expected = {"touched": "it was written to", "replaced": "another file took", "grown": "bytes and has", "removed": "cannot be found"}
+    with pytest.raises(InputChangedError, match=f"a/model.safetensors: .*{expected[how]}") as caught:
+        merge(ties(), "out", progress=progress)
+    assert not getattr(caught.value, "__notes__", ())
+    path.write_bytes(content)
+
+
+def test_read_error(tmp_path, nothing_is_left, monkeypatch):
+    """A disk or a network that fails may be back the next time."""
+    models(tmp_path, nothing_is_left)
+    original, count = os.preadv, 0
+
+    def preadv(fd, buffers, offset):
+        nonlocal count
+        count += 1
+        if count == 20:
+            raise OSError(errno.EIO, "Input/output error")
+        return original(fd, buffers, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", preadv)
+        with pytest.raises(CheckpointError, match="tensor .* cannot be read: Input/output error") as caught:
+            merge(ties(), "out", threads=1)
+    assert "with --resume" in caught.value.__notes__[0]
+    continued(ties())
+
+
 @pytest.mark.parametrize("at", [0, 5, 11])
 def test_writing_fails(tmp_path, nothing_is_left, monkeypatch, at):
     models(tmp_path, nothing_is_left)
@@ -107,9 +171,53 @@ def test_writing_fails(tmp_path, nothing_is_left, monkeypatch, at):
         count += 1
         original(self, name, data, start)
 
-    monkeypatch.setattr(CheckpointWriter, "write", write)
-    with pytest.raises(OSError, match="No space left"):
-        merge(ties(), "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", write)
+        with pytest.raises(OSError, match="No space left") as caught:
+            merge(ties(), "out")
+    if at:
+        assert f"out.partial keeps the {at} of 12 tensors that are done" in caught.value.__notes__[0]
+        continued(ties())
+
+
+def test_disk_full(tmp_path, nothing_is_left, monkeypatch):
+    """The system's own error has no file name; people need to know which disk."""
+    models(tmp_path, nothing_is_left)
+    original, count = os.pwrite, 0
+
+    def pwrite(fd, data, offset):
+        nonlocal count
+        count += 1
+        if count == 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(fd, data[: max(1, len(data) // 2)], offset)  # and writes may be short
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(OSError, match="No space left on device: .*out.partial/output/model.safetensors"):
+            merge(ties(), "out")
+    continued(ties())
+
+
+def test_disk_full_when_flushing(tmp_path, nothing_is_left, monkeypatch):
+    """Filesystems that allocate late tell at the flush, in a thread of its own: what was not recorded does not count."""
+    models(tmp_path, nothing_is_left)
+    original, count = writer.datasync, 0
+
+    def datasync(fd):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "datasync", datasync)
+        patch.setattr(writer, "MOST_OPEN", 0)  # flush after every tensor
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            merge(ties(), "out")
+    assert "keeps the 2 of 12 tensors" in caught.value.__notes__[0]
+    continued(ties())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError, RuntimeError, MemoryError])
@@ -128,8 +236,11 @@ def test_method_fails(tmp_path, nothing_is_left, monkeypatch, error, at):
         return base
 
     expected = error if error in (KeyboardInterrupt, SystemExit) else MergeError
+    recipe = ties(merge_method="failing", parameters={})
     with pytest.raises(expected, match="boom|not enough memory"):
-        merge(ties(merge_method="failing", parameters={}), "out")
+        merge(recipe, "out")
+    if at > 1 and expected is error:
+        continued(recipe)
 
 
 def test_method_returns_the_wrong_shape(tmp_path, nothing_is_left, monkeypatch):
@@ -148,6 +259,7 @@ def test_progress_that_fails(tmp_path, nothing_is_left):
 
     with pytest.raises(KeyboardInterrupt):
         merge(ties(), "out", progress=progress)
+    shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)  # whether the first tensor was done is a race
 
 
 def test_output_appears_meanwhile(tmp_path, nothing_is_left):
@@ -160,8 +272,8 @@ def test_output_appears_meanwhile(tmp_path, nothing_is_left):
     with pytest.raises(FileExistsError, match="exists already"):
         merge(ties(), "out", progress=progress)
     assert tree(tmp_path / "out") == {"x": b"x"}
-    (tmp_path / "out/x").unlink()
-    (tmp_path / "out").rmdir()
+    shutil.rmtree(tmp_path / "out")
+    continued(ties())
 
 
 def test_ring(tmp_path, nothing_is_left):
@@ -200,7 +312,7 @@ def test_ring_with_two_threads(tmp_path, nothing_is_left):
     thread.start()
     for i in range(len(sizes)):
         while len(taken) <= i:
-            pass
+            time.sleep(0)
         index, start, size = taken[i]
         assert bytes(ring.view[start : start + size]) == bytes([index % 251]) * size
         ring.release()

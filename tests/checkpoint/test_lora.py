@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import pymerge
 import pymerge.checkpoint.lora.product as product_module
 from pymerge.checkpoint.format import CheckpointError
 from pymerge.checkpoint.load import load_tensor
@@ -79,6 +80,26 @@ def test_ranges_of_a_product(rows, columns, rank, data):
     product_module.add_product(part, start, left, right, 0.3)
     assert torch.equal(part, whole.view(-1)[start : start + len(part)])
     assert torch.allclose(whole, 0.3 * left @ right, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "rank", "columns"), [(1, 1, 1), (9, 3, 33), (37, 5, 29), (6, 7, 1100), (130, 64, 513)])
+def test_every_instruction_set_has_the_same_bits(rows, rank, columns, dtype):
+    native = pytest.importorskip("pymerge.native")
+    g = torch.Generator().manual_seed(rows)
+    left, right = torch.randn(rows, rank, generator=g), torch.randn(rank, columns, generator=g)
+    x = torch.randn(rows * columns, generator=g).to(dtype)
+    before = native.current_isa()
+    try:
+        for start, end in {(0, len(x)), (len(x) // 3, len(x)), (0, max(1, len(x) - 3)), (len(x) // 5, len(x) // 2 + 1)}:
+            with pymerge.backend("reference"):
+                product_module.add_product(expected := x[start:end].clone(), start, left, right, 0.37)
+            for isa in native.available_isas():
+                native.use_isa(isa)
+                product_module.add_product(got := x[start:end].clone(), start, left, right, 0.37)
+                assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), (isa, start, end)
+    finally:
+        native.use_isa(before)
 
 
 def test_fp64_is_computed_in_fp64(tmp_path):

@@ -145,7 +145,7 @@ def test_what_is_written(tmp_path):
     (tmp_path / "base/secret.txt").write_text("not copied")
     report = merge(recipe, "out")
     assert sorted(p.name for p in report.files) == sorted(tree(tmp_path / "out")) == [
-        "README.md", "config.json", "merges.txt", "model.safetensors", "tokenizer.json"
+        "README.md", "config.json", "merges.txt", "model.safetensors", "pymerge.json", "tokenizer.json"
     ]  # fmt: skip
     assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "base/config.json").read_bytes()
     with safe_open(tmp_path / "out/model.safetensors", "pt") as f:
@@ -154,7 +154,7 @@ def test_what_is_written(tmp_path):
     (tmp_path / "again.yml").write_text(metadata["pymerge_recipe"])
     assert load_recipe(tmp_path / "again.yml").to_dict() == recipe
     card = (tmp_path / "out/README.md").read_text()
-    assert metadata["pymerge_recipe"].rstrip() in card and "# out" in card and pymerge.__version__ in card
+    assert metadata["pymerge_recipe"].rstrip() in card and "# Merged model" in card and pymerge.__version__ in card
     assert report.bytes_read == 4 * report.bytes_written == 4 * sum(t.nbytes for t in tensors_of(0).values())
 
 
@@ -170,7 +170,7 @@ def test_single_file_in_and_out(tmp_path):
         merge(recipe, "c.safetensors")
     merge(recipe, "c.safetensors", force=True)
     merge(recipe, "folder")
-    assert sorted(tree(tmp_path / "folder")) == ["README.md", "model.safetensors"]
+    assert sorted(tree(tmp_path / "folder")) == ["README.md", "model.safetensors", "pymerge.json"]
 
 
 def test_other_tensors_are_copied(tmp_path):

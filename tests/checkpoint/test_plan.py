@@ -70,7 +70,8 @@ parameters:
         "'tokenizer_source' matches tokens, 'vocabulary' (crop or pad) only numbers of rows",
         "r.yml:6: models[0].parameters: 'weight' is required by 'ties' and is not given here nor in the global parameters",
         "r.yml:7: models[0].parameters.weigth: unknown parameter of 'ties'; did you mean 'weight'?",
-        "r.yml:8: models[1].model: c.safetensors: truncated: header of 500 bytes announced, but the file has 10 bytes in all",
+        "r.yml:8: models[1].model: c.safetensors: truncated: header of 500 bytes announced, but the file has 10 bytes in all; "
+        "copy or download it again",
         "r.yml:11: models[2].model: 'org/model-7B' is no path here and not in the Hugging Face cache; "
         "models are fetched only when asked for: --download (in Python, download=True) does it",
         "r.yml:11: models[2].parameters: 'weight' is required by 'ties' and is not given here nor in the global parameters",
@@ -203,4 +204,4 @@ def test_plan_says_what_will_be_done(tmp_path):
     assert (plan.bytes_read, plan.bytes_written) == (2 * total, total // 2)
     assert {t.output.name for t in plan.tensors} == set(tensors_of(0))
     assert plan.donor == (tmp_path / "a").relative_to(tmp_path) or plan.donor == tmp_path / "a"
-    assert plan.buffers.inputs <= 2 * pipeline.CHUNK
+    assert plan.schedule().buffers.inputs <= 2 * pipeline.CHUNK

@@ -60,9 +60,10 @@ def test_few_files_open(tmp_path, monkeypatch):
 
 def test_shards_may_be_symlinks(tmp_path):
     """The Hugging Face cache stores every file as a link to a blob."""
-    folder = save_model(tmp_path / "blobs", tensors_of(0), 2)
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    repository = tmp_path / "models--org--a"
+    folder = save_model(repository / "blobs", tensors_of(0), 2)
+    snapshot = repository / "snapshots/1234"
+    snapshot.mkdir(parents=True)
     for path in folder.iterdir():
         (snapshot / path.name).symlink_to(path)
     assert len(open_checkpoint(snapshot).tensors) == 12

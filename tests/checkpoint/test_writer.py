@@ -2,16 +2,19 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from pymerge.checkpoint import partial
 from pymerge.checkpoint.layout import OutputTensor, make_layout
 from pymerge.checkpoint.reader import open_checkpoint
 from pymerge.checkpoint.sizes import format_bytes, parse_bytes
-from pymerge.checkpoint.writer import CheckpointWriter, check_target
+from pymerge.checkpoint.target import check_target
+from pymerge.checkpoint.writer import CheckpointWriter
 
 from .files import tree
 
@@ -77,7 +80,7 @@ def test_nothing_left_after_an_error(tmp_path):
         with pytest.raises(error):
             with CheckpointWriter(tmp_path / "deep/er/out", make_layout(OUTPUTS, 20, {})) as writer:
                 writer.write("a", data(TENSORS["a"]))
-                assert [p.name.partition("partial")[0] for p in (tmp_path / "deep/er").iterdir()] == ["out."]
+                assert [p.name for p in (tmp_path / "deep/er").iterdir()] == ["out.partial"]
                 raise error
         assert list(tmp_path.iterdir()) == []
 
@@ -113,21 +116,68 @@ def test_empty_folder_is_a_free_name(tmp_path):
     assert os.listdir(tmp_path / "out") == ["model.safetensors"]
 
 
-def test_failed_swap_brings_the_old_one_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("swaps", [True, False], ids=["exchange", "two renames"])
+def test_replacing(tmp_path, monkeypatch, swaps):
+    """With the system's exchange of two names, there is a checkpoint under the name at every moment; else it comes back after an error."""
     out = tmp_path / "out"
     write(out, make_layout(OUTPUTS, 10**9, {}))
     before = tree(tmp_path)
+    if not swaps:
+        monkeypatch.setattr(partial, "exchange", lambda a, b: False)
     rename = os.rename
 
     def failing(a, b):
-        if ".partial-" in str(a):
+        assert not swaps
+        if "output" in str(a):
             raise OSError("no")
         rename(a, b)
 
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="no"):
-        write(out, make_layout(OUTPUTS, 20, {}), force=True)
-    assert tree(tmp_path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing)
+        if swaps:
+            write(out, make_layout(OUTPUTS, 20, {}), force=True)
+        else:
+            with pytest.raises(OSError, match="no"):
+                write(out, make_layout(OUTPUTS, 20, {}), force=True)
+            assert tree(tmp_path) == before
+            patch.undo()
+            write(out, make_layout(OUTPUTS, 20, {}), force=True)
+    assert "model.safetensors" not in os.listdir(out)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_dead_process_without_a_description_is_no_obstacle(tmp_path):
+    layout = make_layout(OUTPUTS, 10**9, {})
+    dead = CheckpointWriter(tmp_path / "out", layout)
+    dead.__enter__()
+    dead.write("a", memoryview(bytes(24)))
+    dead.keep()
+    dead.__exit__(None, None, None)
+    assert os.listdir(tmp_path) == ["out.partial"]
+    write(tmp_path / "out", layout)
+    assert os.listdir(tmp_path) == ["out"]
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")["a"], TENSORS["a"])
+
+
+def test_slices(tmp_path):
+    """A tensor may come in pieces, from several threads, in any order; it is done when all of it is there."""
+    layout = make_layout(OUTPUTS, 10**9, {})
+    with CheckpointWriter(tmp_path / "out", layout) as writer:
+        whole = data(TENSORS["a"])
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda i: writer.write("a", whole[i : i + 5], i), (20, 5, 15, 0)))
+        writer.sync()
+        assert "a" not in writer.done
+        with pytest.raises(ValueError, match="'a' has 24 bytes; 5 were to be written from byte 20 on"):
+            writer.write("a", whole[:5], 20)
+        writer.write("a", whole[10:15], 10)
+        writer.sync()
+        assert writer.done == {"a"}
+        for name in set(TENSORS) - {"a"}:
+            writer.write(name, data(TENSORS[name]))
+        writer.commit()
+    loaded = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(loaded[name], t) for name, t in TENSORS.items())
 
 
 def test_targets(tmp_path):

@@ -51,15 +51,29 @@ def test_killed(models, number, code):
     assert process.returncode == code
     assert not (models / "out").exists()
     if number == signal.SIGKILL:
-        left = list(models.glob("out.partial-*"))
-        assert len(left) == 1
-        done = run("plan", "r.yml", "out", cwd=models)
-        assert f"{left[0]} is left over from a merge that was killed" in done.stderr
-        for path in sorted(left[0].iterdir()):
-            path.unlink()
-        left[0].rmdir()
+        assert errors == ""
     else:
         assert "Traceback" not in errors
+        assert re.search("out.partial keeps the [0-9]+ of 40 tensors that are done .*the same command with --resume", errors)
+    done = run("plan", "r.yml", "out", cwd=models)
+    assert done.returncode == 2 and "out.partial: holds an unfinished merge; continue it with --resume" in done.stderr
+    done = run("merge", "r.yml", "out", "--resume", cwd=models)
+    assert done.returncode == 0 and done.stderr == ""
+    assert bool(re.match("[0-9]+ tensors were done before\n", done.stdout)) == (number != signal.SIGKILL)
+    run("merge", "r.yml", "whole", cwd=models)
+    assert tree(models / "out") == tree(models / "whole")
+    assert {name: content for name, content in tree(models).items() if not name.startswith(("out", "whole"))} == before
+
+
+def test_file_size_limit(models):
+    """A real limit of the system's, as a full disk or a quota is one."""
+    before = tree(models)
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n" + SLOW
+    command = [sys.executable, "-c", limited, "merge", "r.yml", "out"]
+    done = subprocess.run(command, cwd=models, capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 1
+    advice = "that file system does not take files of this size: write smaller ones with --shard-size"
+    assert done.stderr == f"error: {models}/out.partial/output/model.safetensors: File too large; {advice}\n"
     assert tree(models) == before
 
 

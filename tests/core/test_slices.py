@@ -234,6 +234,7 @@ METHODS = {
 }
 _TRIMMED = {"weights": (1.0, 0.5), "density": (0.3, 0.6), "normalize": None, "rescale": None, "int8_mask": False, "scale": 1.0}
 METHODS["ties"] = {**_TRIMMED, "convention": "mergekit"}
+METHODS["breadcrumbs"] = {**_TRIMMED, "gamma": (0.1, 0.2), "convention": "mergekit"}
 METHODS["dare_ties"] = METHODS["dare_linear"] = {**_TRIMMED, "seed": 7, "convention": "mergekit"}
 
 

@@ -10,7 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import ops
+
 __all__ = ["add_product", "product"]
+
+NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of x that the C++ core adds to; for the others (fp64, fp8) and without it the same operations are done by torch."""
 
 BLOCK = 2**17
 """Elements worked on at a time: two fp32 buffers of that size nearly stay in a core's second-level cache."""
@@ -23,6 +28,11 @@ def add_product(x: Tensor, first: int, left: Tensor, right: Tensor, scale: float
         x: 1-D, any floating dtype: elements `first`, `first` + 1, ... of a row-major matrix of the product's shape.
         left: (rows, rank); right: (rank, columns); both fp32 or both fp64, contiguous.
     """
+    if left.dtype == torch.float32 and x.dtype in NATIVE and len(x) and ops.backend_name(x.device) == "native":
+        from ...native import add_low_rank
+
+        add_low_rank(x, first, left, right, scale)
+        return
     columns = right.shape[1]
     done = 0
     while done < len(x):

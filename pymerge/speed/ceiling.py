@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+__all__ = ["Ceiling", "elapsed_ms", "memory_rates"]
+
 
 def elapsed_ms(run: Callable[[], object]) -> float:
     started = time.perf_counter_ns()
@@ -63,3 +65,21 @@ class Ceiling:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def memory_rates(nbytes: int = 2**28, rounds: int = 5) -> tuple[float, float]:
+    """Bytes per second that this machine copies (read and written counted together) and reads, with all threads.
+
+    Args:
+        nbytes: to move: more than the caches hold.
+        rounds: the median counts.
+    """
+    ceiling, times = Ceiling(nbytes), []
+    try:
+        numbers = torch.ones(nbytes // 8, dtype=torch.int64)
+        for _ in range(rounds):
+            ceiling.round()
+            times.append(elapsed_ms(numbers.sum))
+        return 1e3 * nbytes / ceiling.milliseconds()[1], 1e3 * nbytes / torch.tensor(times).median().item()
+    finally:
+        ceiling.close()

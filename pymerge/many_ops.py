@@ -1,0 +1,253 @@
+"""Operators on many tensors at once: ``torch.ops.pymerge.merge_many_out``, ``lerp_many_out`` and ``lerp_many_``.
+
+On a GPU the number of launches does not depend on the number of tensors, and nobody waits for the device unless `check_finite` asks, once
+at the end. On other backends tensors are merged one after the other. Tensors may be on several devices; autograd does not pass through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .finite import raise_if_not_finite
+from .reference import compute_dtype
+from .spec import MergeSpec
+
+__all__ = ["Job", "in_one_go", "lerp_many", "lerp_many_", "merge_many", "require_finite"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor to merge: its name, base's and models' tensors, the result's dtype, and where to write it if that is given."""
+
+    name: str
+    base: Tensor | None
+    models: Sequence[Tensor]
+    dtype: torch.dtype
+    out: Tensor | None = None
+
+    def target(self) -> Tensor:
+        return torch.empty(self.models[0].shape, dtype=self.dtype, device=self.models[0].device) if self.out is None else self.out
+
+
+def in_one_go(device: torch.device) -> bool:
+    """Whether tensors on `device` are better given all at once than one by one, so that not all of them need be in memory."""
+    return ops.backend_name(device) == "triton"
+
+
+def merge_many(jobs: Sequence[Job], spec: MergeSpec, *, check_finite: bool = True) -> list[Tensor]:
+    """The fused merge of many tensors, see :func:`pymerge.ops.merge`, whose errors it has; results in the jobs' order.
+
+    With a convention of scope "model" ranks and tied elections are taken over all of them, in the order of their names.
+    """
+    if len(jobs) == 1:
+        (job,) = jobs
+        return [ops.merge(job.base, job.models, spec, name=job.name, dtype=job.dtype, out=job.out, check_finite=check_finite)]
+    if spec.convention.scope == "model":
+        # As in the TIES authors' code, which flattens sorted state dicts.
+        order = sorted(range(len(jobs)), key=lambda i: jobs[i].name)
+    else:
+        order = list(range(len(jobs)))
+    outs = [job.target() for job in jobs]
+    arranged = [jobs[i] for i in order]
+    bases = [job.base for job in arranged if job.base is not None]
+    models = [x for job in arranged for x in job.models]
+    torch.ops.pymerge.merge_many_out(
+        bases, models, *ops._spec_args(None, (), spec, "", None)[2:-2], spec.convention.scope, [job.name for job in arranged], check_finite,
+        [outs[i] for i in order],
+    )  # fmt: skip
+    return outs
+
+
+def lerp_many(jobs: Sequence[Job], alpha: float, *, labels: tuple[str, str], check_finite: bool = True) -> list[Tensor]:
+    """Linear interpolation from each job's base to its one model, see :func:`pymerge.ops.lerp`, whose errors it has."""
+    if len(jobs) == 1:
+        (job,) = jobs
+        return [
+            ops.lerp(job.base, job.models[0], alpha, dtype=job.dtype, out=job.out, name=job.name, labels=labels, check_finite=check_finite)
+        ]
+    outs = [job.target() for job in jobs]
+    torch.ops.pymerge.lerp_many_out(
+        [job.base for job in jobs], [job.models[0] for job in jobs], alpha, [job.name for job in jobs], *labels, check_finite, outs
+    )
+    return outs
+
+
+def lerp_many_(a: Sequence[Tensor], b: Sequence[Tensor], alpha: float) -> None:
+    """Each of `a` becomes the interpolation from it to its partner in `b`."""
+    torch.ops.pymerge.lerp_many_(list(a), list(b), alpha)
+
+
+def require_finite(label: str, named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise NonFiniteError for the first of (name, tensor) that has a NaN or an infinity; on a GPU all are looked at first, at once."""
+    for device, members in _by_device(named, lambda pair: pair[1].device):
+        if in_one_go(device) and ops._backend_for(device).all_finite([ops._flat(t) for _, t in members]):
+            continue
+        for name, t in members:
+            raise_if_not_finite([(label, t)], name)
+
+
+def _by_device(items: Sequence[T], device_of: Callable[[T], torch.device]) -> Iterator[tuple[torch.device, list[T]]]:
+    groups: dict[torch.device, list[T]] = {}
+    for item in items:
+        groups.setdefault(device_of(item), []).append(item)
+    return iter(groups.items())
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# Operators
+
+_library = torch.library.Library("pymerge", "FRAGMENT")
+_library.define(
+    "merge_many_out(Tensor[] bases, Tensor[] models, float[] weights, float[] densities, str sparsify, bool elect, str tie_break, "
+    "str vote, bool vote_weighted, str zero_vote, str divisor, str rescale, str k, float scale, int seed, float[] gammas, str scope, "
+    "str[] names, bool check_finite, Tensor(a!)[] outs) -> ()"
+)
+_library.define(
+    "lerp_many_out(Tensor[] a, Tensor[] b, float alpha, str[] names, str label_a, str label_b, bool check_finite, Tensor(a!)[] outs) -> ()"
+)
+_library.define("lerp_many_(Tensor(a!)[] a, Tensor[] b, float alpha) -> ()")
+
+
+@dataclass
+class _Bound:
+    """A job with its place to write: what a backend takes (flat, contiguous, fp8 widened) and how that becomes the result."""
+
+    job: Job
+    base: Tensor | None
+    models: list[Tensor]
+    target: Tensor
+    direct: bool
+
+    @classmethod
+    def of(cls, job: Job) -> _Bound:
+        given = [*job.models, *([] if job.base is None else [job.base])]
+        ops._check_alike([*given, job.out])
+        target, direct = ops._target(job.models[0], job.dtype, job.out, given)
+        return cls(job, None if job.base is None else ops._flat(job.base), [ops._flat(x) for x in job.models], target, direct)
+
+    def finish(self) -> None:
+        if not self.direct:
+            ops._finished(self.target, self.job.out.shape, self.job.dtype, self.job.out)
+
+
+def _merge_many_impl(bases, models, *args) -> None:
+    (*spec_args, scope, names, check_finite, outs) = args
+    spec = ops._spec_from_args(*spec_args)
+    spec = MergeSpec(**{**vars(spec), "convention": spec.convention.replace(scope=scope)})
+    count = len(spec.weights)
+    if len(models) != count * len(outs) or len(names) != len(outs) or (bases and len(bases) != len(outs)):
+        raise ValueError(
+            f"{len(models)} tensors, {len(bases)} base tensors and {len(names)} names do not make {len(outs)} merges of {count}"
+        )
+    jobs = [
+        Job(name, bases[j] if bases else None, models[j * count : (j + 1) * count], out.dtype, out)
+        for j, (name, out) in enumerate(zip(names, outs))
+    ]  # fmt: skip
+    for device, members in _by_device(jobs, lambda job: job.models[0].device):
+        if in_one_go(device):
+            _merge_in_one_go(members, spec, device, check_finite)
+        else:
+            _merge_one_by_one(members, spec, check_finite)
+
+
+def _merge_in_one_go(jobs: Sequence[Job], spec: MergeSpec, device: torch.device, check_finite: bool) -> None:
+    backend = ops._backend_for(device)
+    bound = [_Bound.of(job) for job in jobs]
+    finite = backend.merge_many([backend.MergeJob(x.base, x.models, x.target, x.job.name) for x in bound], spec)
+    if check_finite and not finite:
+        for job in jobs:
+            ops._raise_if_not_finite(job.base, job.models, job.name)
+    for x in bound:
+        x.finish()
+
+
+def _merge_one_by_one(jobs: Sequence[Job], spec: MergeSpec, check_finite: bool) -> None:
+    selections: list[Tensor | None] = [None] * len(jobs)
+    balance = None
+    if spec.convention.scope == "model":
+        jobs = _of_one_arithmetic(jobs)
+        if spec.trims:
+            selections = _ranked_together(jobs, spec)
+        if spec.elect and spec.convention.zero_vote == "majority":
+            balance = sum(ops.vote_balance(j.base, j.models, spec, name=j.name, selection=s) for j, s in zip(jobs, selections))
+    for job, selection in zip(jobs, selections):
+        ops._merge_into(job.base, job.models, spec, job.name, selection, balance, job.dtype, check_finite, job.out)
+
+
+def _of_one_arithmetic(jobs: Sequence[Job]) -> Sequence[Job]:
+    """Magnitudes of fp32 and fp64 compare only when both are fp64: if one tensor computes in fp64, all do. One input is enough for that."""
+    wide = [compute_dtype([*job.models, *([] if job.base is None else [job.base])]) == torch.float64 for job in jobs]
+    if not any(wide) or all(wide):
+        return jobs
+    return [
+        Job(job.name, None, [job.models[0].double(), *job.models[1:]], job.dtype, job.out)
+        if job.base is None
+        else Job(job.name, job.base.double(), job.models, job.dtype, job.out)
+        for job in jobs
+    ]
+
+
+def _ranked_together(jobs: Sequence[Job], spec: MergeSpec) -> list[Tensor]:
+    sizes = [job.models[0].numel() for job in jobs]
+    (counts,) = spec.counts(sum(sizes))
+    bases = None if jobs[0].base is None else [job.base for job in jobs]
+    thresholds = ops.select(bases, [[job.models[i] for job in jobs] for i in range(len(counts))], counts, spec.convention.tie_break)
+    selections, start = [], 0
+    for size in sizes:
+        # The cut counts from the model's first element; in a tensor it counts from the tensor's: -1 keeps no equal, size - 1 all.
+        local = thresholds.clone()
+        local[:, 1] = (local[:, 1] - start).clamp(-1, size - 1)
+        selections.append(local)
+        start += size
+    return selections
+
+
+def _lerp_many_impl(a, b, alpha, names, label_a, label_b, check_finite, outs) -> None:
+    if not len(a) == len(b) == len(names) == len(outs):
+        raise ValueError(f"{len(a)}, {len(b)}, {len(names)} and {len(outs)} tensors do not make pairs, names and results")
+    jobs = [Job(name, x, [y], out.dtype, out) for name, x, y, out in zip(names, a, b, outs)]
+    for device, members in _by_device(jobs, lambda job: job.base.device):
+        if not in_one_go(device):
+            for job in members:
+                ops._lerp_into(job.base, job.models[0], alpha, job.dtype, job.name, (label_a, label_b), check_finite, job.out)
+            continue
+        bound = [_Bound.of(job) for job in members]
+        finite = ops._backend_for(device).lerp_many([(x.base, x.models[0], x.target) for x in bound], alpha)
+        if check_finite and not finite:
+            for job in members:
+                raise_if_not_finite([(label_a, job.base), (label_b, job.models[0])], job.name)
+        for x in bound:
+            x.finish()
+
+
+def _lerp_many_inplace_impl(a, b, alpha) -> None:
+    _lerp_many_impl(a, b, alpha, [""] * len(a), "a", "b", False, a)
+
+
+for _name, _impl in {
+    "merge_many_out": _merge_many_impl, "lerp_many_out": _lerp_many_impl, "lerp_many_": _lerp_many_inplace_impl,
+}.items():  # fmt: skip
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pymerge::merge_many_out")
+def _(*args):
+    return None
+
+
+@torch.library.register_fake("pymerge::lerp_many_out")
+def _(*args):
+    return None
+
+
+@torch.library.register_fake("pymerge::lerp_many_")
+def _(a, b, alpha):
+    return None
