@@ -14,9 +14,11 @@ from pymerge import merge
 from pymerge.checkpoint import memory
 from pymerge.checkpoint.merge import MergeError
 from pymerge.checkpoint.plan import make_plan
+from pymerge.checkpoint.verify import verify
+from pymerge.checkpoint.writer import CheckpointWriter
 from pymerge.merge_methods import registry
 
-from .files import save_model
+from .files import save_model, tree
 from .test_merge import equal, load_all, recipe_of
 
 WEIGHTED = {"weight": 1, "density": 0.3}
@@ -138,6 +140,31 @@ def test_what_is_read_how_often(models, short_slices):
         (ties_of_all(convention="paper"), 200_000, 2 * once - ids),
     ]:
         assert merge(recipe, "out", memory=budget, force=True).bytes_read == want
+
+
+@pytest.mark.parametrize("convention", ["paper", "mergekit"])
+def test_what_was_interrupted_between_slices_is_resumed_and_verified(models, short_slices, convention):
+    """Tensors that are done are ranked together with the others all the same, and slices of one that is not are merged again."""
+    recipe = ties_of_all(convention=convention)
+    merge(recipe, "whole", memory=150_000)
+    original, count = CheckpointWriter.write, 0
+
+    def write(self, name, data, start=0):
+        nonlocal count
+        count += 1
+        if count == 14:
+            raise OSError(28, "No space left on device")
+        original(self, name, data, start)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", write)
+        with pytest.raises(OSError, match="No space left"):
+            merge(recipe, "out", memory=150_000)
+    report = merge(recipe, "out", memory=200_000, resume=True)
+    assert 0 < report.resumed < report.tensors
+    assert tree(Path("out")) == tree(Path("whole"))
+    found = verify("out", sample=1)
+    assert found.ok and len(found.checked) == 1
 
 
 def test_a_budget_has_to_be_worth_something(models):
