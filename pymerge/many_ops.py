@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from .finite import raise_if_not_finite
 from .reference import compute_dtype
 from .spec import MergeSpec
 
-__all__ = ["Job", "in_one_go", "lerp_many", "lerp_many_", "merge_many", "require_finite"]
+if TYPE_CHECKING:
+    from .triton_kernels.launch import Finite
+
+__all__ = ["Job", "in_one_go", "launch_lerps", "launch_merges", "lerp_many", "lerp_many_", "merge_many", "require_finite"]
 
 T = TypeVar("T")
 
@@ -50,20 +53,43 @@ def merge_many(jobs: Sequence[Job], spec: MergeSpec, *, check_finite: bool = Tru
     if len(jobs) == 1:
         (job,) = jobs
         return [ops.merge(job.base, job.models, spec, name=job.name, dtype=job.dtype, out=job.out, check_finite=check_finite)]
-    if spec.convention.scope == "model":
-        # As in the TIES authors' code, which flattens sorted state dicts.
-        order = sorted(range(len(jobs)), key=lambda i: jobs[i].name)
-    else:
-        order = list(range(len(jobs)))
     outs = [job.target() for job in jobs]
-    arranged = [jobs[i] for i in order]
+    arranged = _arranged([Job(job.name, job.base, job.models, job.dtype, out) for job, out in zip(jobs, outs)], spec)
     bases = [job.base for job in arranged if job.base is not None]
     models = [x for job in arranged for x in job.models]
     torch.ops.pymerge.merge_many_out(
         bases, models, *ops._spec_args(None, (), spec, "", None)[2:-2], spec.convention.scope, [job.name for job in arranged], check_finite,
-        [outs[i] for i in order],
+        [job.out for job in arranged],
     )  # fmt: skip
     return outs
+
+
+def _arranged(jobs: Sequence[Job], spec: MergeSpec) -> Sequence[Job]:
+    """In the order of ranks: by name, as in the TIES authors' code, which flattens sorted state dicts."""
+    return sorted(jobs, key=lambda job: job.name) if spec.convention.scope == "model" else jobs
+
+
+def launch_merges(jobs: Sequence[Job], spec: MergeSpec) -> Finite | bool:
+    """:func:`merge_many` of tensors on one device into their `out`, without waiting for it and without looking for NaN.
+
+    Returns what is false, when it is asked (which waits), if some delta may be NaN or infinite.
+    """
+    device = jobs[0].models[0].device
+    jobs = _arranged(jobs, spec)
+    if in_one_go(device):
+        return _merge_in_one_go(jobs, spec, device)
+    _merge_one_by_one(jobs, spec, check_finite=False)
+    return False
+
+
+def launch_lerps(jobs: Sequence[Job], alpha: float) -> Finite | bool:
+    """:func:`lerp_many`, as :func:`launch_merges` does it."""
+    device = jobs[0].base.device
+    if in_one_go(device):
+        return _lerp_in_one_go(jobs, alpha, device)
+    for job in jobs:
+        ops._lerp_into(job.base, job.models[0], alpha, job.dtype, job.name, ("", ""), False, job.out)
+    return False
 
 
 def lerp_many(jobs: Sequence[Job], alpha: float, *, labels: tuple[str, str], check_finite: bool = True) -> list[Tensor]:
@@ -153,20 +179,29 @@ def _merge_many_impl(bases, models, *args) -> None:
     ]  # fmt: skip
     for device, members in _by_device(jobs, lambda job: job.models[0].device):
         if in_one_go(device):
-            _merge_in_one_go(members, spec, device, check_finite)
+            finite = _merge_in_one_go(members, spec, device)
+            if check_finite and not finite:
+                for job in members:
+                    ops._raise_if_not_finite(job.base, job.models, job.name)
         else:
             _merge_one_by_one(members, spec, check_finite)
 
 
-def _merge_in_one_go(jobs: Sequence[Job], spec: MergeSpec, device: torch.device, check_finite: bool) -> None:
+def _merge_in_one_go(jobs: Sequence[Job], spec: MergeSpec, device: torch.device) -> Finite:
     backend = ops._backend_for(device)
     bound = [_Bound.of(job) for job in jobs]
     finite = backend.merge_many([backend.MergeJob(x.base, x.models, x.target, x.job.name) for x in bound], spec)
-    if check_finite and not finite:
-        for job in jobs:
-            ops._raise_if_not_finite(job.base, job.models, job.name)
     for x in bound:
         x.finish()
+    return finite
+
+
+def _lerp_in_one_go(jobs: Sequence[Job], alpha: float, device: torch.device) -> Finite:
+    bound = [_Bound.of(job) for job in jobs]
+    finite = ops._backend_for(device).lerp_many([(x.base, x.models[0], x.target) for x in bound], alpha)
+    for x in bound:
+        x.finish()
+    return finite
 
 
 def _merge_one_by_one(jobs: Sequence[Job], spec: MergeSpec, check_finite: bool) -> None:
@@ -219,13 +254,10 @@ def _lerp_many_impl(a, b, alpha, names, label_a, label_b, check_finite, outs) ->
             for job in members:
                 ops._lerp_into(job.base, job.models[0], alpha, job.dtype, job.name, (label_a, label_b), check_finite, job.out)
             continue
-        bound = [_Bound.of(job) for job in members]
-        finite = ops._backend_for(device).lerp_many([(x.base, x.models[0], x.target) for x in bound], alpha)
+        finite = _lerp_in_one_go(members, alpha, device)
         if check_finite and not finite:
             for job in members:
                 raise_if_not_finite([(label_a, job.base), (label_b, job.models[0])], job.name)
-        for x in bound:
-            x.finish()
 
 
 def _lerp_many_inplace_impl(a, b, alpha) -> None:

@@ -33,6 +33,7 @@ def breadcrumbs(
     dtype: torch.dtype | None = None,
     out: Any = None,
     check_finite: bool = True,
+    device: torch.device | str | None = None,
 ) -> Any:
     """Add deltas of which a middle band of magnitudes is kept: ``out = base + scale * sum_i(weights[i] * keep_i * delta_i)``.
 
@@ -40,14 +41,14 @@ def breadcrumbs(
     smallest are left out as noise. Where fewer than int(density * n) elements are left below the outliers, the band reaches up into them.
 
     Args:
-        base, models, weights, scale, dtype, out, check_finite: as in :func:`pymerge.ties`.
+        base, models, weights, scale, dtype, out, check_finite, device: as in :func:`pymerge.ties`.
         density: fraction of each delta that is **kept**, in [0, 1]; a number or one per model. 1 keeps all, whatever gamma is.
         gamma: fraction of each delta's largest elements that is left out, in [0, 1]; a number or one per model.
         convention: a preset's name or a :class:`pymerge.Convention` of scope "tensor".
 
     Returns and raises: as :func:`pymerge.ties`; ValueError also for a gamma outside [0, 1] and for scope "model".
     """
-    return _breadcrumbs("breadcrumbs", False, base, models, weights, density, gamma, scale, convention, dtype, out, check_finite)
+    return _breadcrumbs("breadcrumbs", False, base, models, weights, density, gamma, scale, convention, dtype, out, check_finite, device)
 
 
 def breadcrumbs_ties(
@@ -62,16 +63,19 @@ def breadcrumbs_ties(
     dtype: torch.dtype | None = None,
     out: Any = None,
     check_finite: bool = True,
+    device: torch.device | str | None = None,
 ) -> Any:
     """Breadcrumbs, then an elected sign per element as in TIES: deltas that disagree with it are left out of the sum.
 
     Arguments, result and errors are those of :func:`breadcrumbs`. The agreeing deltas are summed, as in mergekit; a
     :class:`pymerge.Convention` with ``divisor="weights"`` or ``"count"`` averages them.
     """
-    return _breadcrumbs("breadcrumbs_ties", True, base, models, weights, density, gamma, scale, convention, dtype, out, check_finite)
+    return _breadcrumbs(
+        "breadcrumbs_ties", True, base, models, weights, density, gamma, scale, convention, dtype, out, check_finite, device
+    )
 
 
-def _breadcrumbs(method, elect, base, models, weights, density, gamma, scale, convention, dtype, out, check_finite) -> Any:
+def _breadcrumbs(method, elect, base, models, weights, density, gamma, scale, convention, dtype, out, check_finite, device) -> Any:
     pairs = Paired(base, models, needs_base=method)
     details = Convention.resolve(convention, method)
     if details.scope == "model":
@@ -85,7 +89,7 @@ def _breadcrumbs(method, elect, base, models, weights, density, gamma, scale, co
         scale=finite(scale, "scale"),
         gammas=per_model(gamma, pairs.count, "gamma"),
     )
-    return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite)
+    return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite, device=device)
 
 
 _GAMMA = Parameter("gamma", recipe="gamma", kind=float, default=0.01, per_model=True, doc="fraction of the largest deltas that is left out")

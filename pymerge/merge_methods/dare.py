@@ -33,6 +33,7 @@ def dare_linear(
     dtype: torch.dtype | None = None,
     out: Any = None,
     check_finite: bool = True,
+    device: torch.device | str | None = None,
 ) -> Any:
     """Add deltas of which a random part was dropped: ``out = base + scale * sum_i(weights[i] * keep_i * delta_i / density[i])``.
 
@@ -40,14 +41,14 @@ def dare_linear(
     the tensor's name, the element's flat index and the model's place in the list alone: devices, threads and shards do not change it.
 
     Args:
-        base, models, weights, scale, dtype, out, check_finite: as in :func:`pymerge.ties`.
+        base, models, weights, scale, dtype, out, check_finite, device: as in :func:`pymerge.ties`.
         density: probability that an element is **kept** (the paper's 1 - p), in [0, 1]; a number or one per model.
         seed: an integer in [0, 2**64).
         convention: a preset's name or a :class:`pymerge.Convention`; ``"mergekit"`` rescales by the L1 norm, not by 1/density.
 
     Returns and raises: as :func:`pymerge.ties`.
     """
-    return _dare("dare_linear", False, base, models, weights, density, scale, seed, convention, dtype, out, check_finite)
+    return _dare("dare_linear", False, base, models, weights, density, scale, seed, convention, dtype, out, check_finite, device)
 
 
 def dare_ties(
@@ -62,16 +63,17 @@ def dare_ties(
     dtype: torch.dtype | None = None,
     out: Any = None,
     check_finite: bool = True,
+    device: torch.device | str | None = None,
 ) -> Any:
     """DARE, then an elected sign per element as in TIES: deltas that disagree with it are left out of the sum.
 
     Arguments, result and errors are those of :func:`dare_linear`. By default the agreeing deltas are summed, as in mergekit; a
     :class:`pymerge.Convention` with ``divisor="weights"`` or ``"count"`` averages them (``"peft"`` does the latter).
     """
-    return _dare("dare_ties", True, base, models, weights, density, scale, seed, convention, dtype, out, check_finite)
+    return _dare("dare_ties", True, base, models, weights, density, scale, seed, convention, dtype, out, check_finite, device)
 
 
-def _dare(method, elect, base, models, weights, density, scale, seed, convention, dtype, out, check_finite) -> Any:
+def _dare(method, elect, base, models, weights, density, scale, seed, convention, dtype, out, check_finite, device) -> Any:
     pairs = Paired(base, models, needs_base=method)
     spec = MergeSpec(
         per_model(weights, pairs.count, "weights"),
@@ -82,7 +84,7 @@ def _dare(method, elect, base, models, weights, density, scale, seed, convention
         scale=finite(scale, "scale"),
         seed=integer(seed, "seed"),
     )
-    return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite)
+    return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite, device=device)
 
 
 def _register(method: str, elect: bool, summary: str) -> None:

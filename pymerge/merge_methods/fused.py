@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import many_ops
+from .. import many_ops, staging
 from ..conventions import Convention
 from ..spec import MergeSpec
 from ..tree import Paired
@@ -25,8 +25,15 @@ def merge_each(pairs: Paired, tensor: Callable[..., Tensor], *, dtype: torch.dty
     return pairs.result(merge_one, dtype=dtype, out=out)
 
 
-def merge_models(pairs: Paired, spec: MergeSpec, *, dtype: torch.dtype | None, out: Any, check_finite: bool) -> Any:
-    """`spec` applied to every tensor; ranks and tied elections of scope "model" are taken over all tensors together."""
+def merge_models(
+    pairs: Paired, spec: MergeSpec, *, dtype: torch.dtype | None, out: Any, check_finite: bool, device: torch.device | str | None
+) -> Any:
+    """`spec` applied to every tensor; ranks and tied elections of scope "model" are taken over all tensors together.
+
+    With a `device`, tensors in CPU memory are merged there.
+    """
+    if device is not None:
+        return staging.merge_staged(pairs, spec, device, dtype=dtype, out=out, check_finite=check_finite)
     ranked_together = spec.convention.scope == "model" and pairs.kind != "tensor"
     if ranked_together:
         devices = {pairs.facts[0][n].device for n in pairs.merged}

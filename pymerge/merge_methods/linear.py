@@ -30,6 +30,7 @@ def linear(
     dtype: torch.dtype | None = None,
     out: Any = None,
     check_finite: bool = True,
+    device: torch.device | str | None = None,
 ) -> Any:
     """The weighted mean of models, ``sum_i(weights[i] * models[i]) / sum(weights)``, or their weighted sum.
 
@@ -37,13 +38,13 @@ def linear(
         models: list of tensors, mappings name -> tensor or nn.Modules, all of one kind.
         weights: a number or one per model; 1 each by default.
         normalize: divide by the sum of the weights.
-        dtype, out, check_finite: as in :func:`pymerge.ties`.
+        dtype, out, check_finite, device: as in :func:`pymerge.ties`.
 
     Returns and raises: as :func:`pymerge.ties`; ValueError also when weights that sum to zero are to be normalised.
     """
     pairs = Paired(None, models)
     spec = _spec(per_model(weights, pairs.count, "weights"), normalize)
-    return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite)
+    return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite, device=device)
 
 
 def model_soup(
@@ -53,9 +54,10 @@ def model_soup(
     dtype: torch.dtype | None = None,
     out: Any = None,
     check_finite: bool = True,
+    device: torch.device | str | None = None,
 ) -> Any:
     """The mean of models that share an initialisation (a uniform soup), or their weighted mean: :func:`linear` with ``normalize=True``."""
-    return linear(state_dicts, weights=weights, dtype=dtype, out=out, check_finite=check_finite)
+    return linear(state_dicts, weights=weights, dtype=dtype, out=out, check_finite=check_finite, device=device)
 
 
 def _spec(weights: Sequence[float], normalize: bool) -> MergeSpec:

@@ -32,6 +32,7 @@ def task_arithmetic(
     dtype: torch.dtype | None = None,
     out: Any = None,
     check_finite: bool = True,
+    device: torch.device | str | None = None,
 ) -> Any:
     """Add task vectors: ``out = base + sum_i(scales[i] * (finetuned[i] - base))``; a negative scale forgets a task.
 
@@ -39,13 +40,13 @@ def task_arithmetic(
         base: a tensor, a mapping name -> tensor or an nn.Module.
         finetuned: list of models of the base's kind.
         scales: a number or one per model; 1 each by default.
-        dtype, out, check_finite: as in :func:`pymerge.ties`.
+        dtype, out, check_finite, device: as in :func:`pymerge.ties`.
 
     Returns and raises: as :func:`pymerge.ties`.
     """
     pairs = Paired(base, finetuned, needs_base="task_arithmetic")
     spec = MergeSpec(per_model(scales, pairs.count, "scales"), (1.0,) * pairs.count, convention=_SUM)
-    return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite)
+    return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite, device=device)
 
 
 def _recipe_spec(*, weights, normalize, int8_mask, scale) -> MergeSpec:

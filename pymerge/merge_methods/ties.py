@@ -32,6 +32,7 @@ def ties(
     dtype: torch.dtype | None = None,
     out: Any = None,
     check_finite: bool = True,
+    device: torch.device | str | None = None,
 ) -> Any:
     """Merge models by TIES: keep each model's largest deltas, let every element elect a sign, average the deltas that agree.
 
@@ -50,13 +51,16 @@ def ties(
         dtype: of the result; by default the common dtype of base and models, per tensor.
         out: tensors to write into, of the inputs' names and shapes, sharing no memory with them; returned.
         check_finite: refuse NaN and Inf in an input. Unchecked, a NaN has no sign and so agrees with nobody.
+        device: a GPU on which to merge tensors that are in CPU memory, copied there and back in batches; the result is in CPU memory too.
+            By default tensors are merged where they are.
 
     Returns:
         A new tensor, or a dict of tensors in the base's order (for a module: a state dict), without autograd history. Integer and boolean
         tensors, which must be equal in all models, are copied. Names tied to one tensor in every model are tied in the result.
 
     Raises:
-        ValueError: names, shapes or devices differ; density outside [0, 1]; not one weight per model; no models.
+        ValueError: names, shapes or devices differ; density outside [0, 1]; not one weight per model; no models; with `device`, a
+            tensor that is not in CPU memory or does not fit on the device.
         TypeError: models of different kinds; sparse, quantised or meta tensors.
         NonFiniteError: a NaN or Inf in an input.
     """
@@ -69,7 +73,7 @@ def ties(
         convention=Convention.resolve(convention, "ties"),
         scale=finite(scale, "scale"),
     )
-    return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite)
+    return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite, device=device)
 
 
 def _recipe_spec(*, weights, density, normalize, rescale, int8_mask, scale, convention) -> MergeSpec:

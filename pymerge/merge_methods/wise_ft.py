@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import many_ops, ops, slice_ops
+from .. import many_ops, ops, slice_ops, staging
 from ..arguments import finite
 from ..tree import Paired
 from .registry import Parameter, register_method
@@ -24,20 +24,24 @@ def wise_ft(
     dtype: torch.dtype | None = None,
     out: Any = None,
     check_finite: bool = True,
+    device: torch.device | str | None = None,
 ) -> Any:
     """``(1 - alpha) * base + alpha * finetuned``: exactly the base at 0, exactly the fine-tuned model at 1, unchanged where both agree.
 
     Args:
         base, finetuned: two tensors, two mappings name -> tensor or two nn.Modules.
         alpha: the fine-tuned model's share; values outside [0, 1] extrapolate.
-        dtype, out, check_finite: as in :func:`pymerge.ties`.
+        dtype, out, check_finite, device: as in :func:`pymerge.ties`.
 
     Returns and raises: as :func:`pymerge.ties`.
     """
     alpha = finite(alpha, "alpha")
-    pairs = Paired(base, [finetuned], labels=("base", "finetuned"), needs_base="wise_ft")
+    labels = ("base", "finetuned")
+    pairs = Paired(base, [finetuned], labels=labels, needs_base="wise_ft")
+    if device is not None:
+        return staging.lerp_staged(pairs, alpha, device, dtype=dtype, out=out, labels=labels, check_finite=check_finite)
     return pairs.result_of_many(
-        lambda jobs: many_ops.lerp_many(jobs, alpha, labels=("base", "finetuned"), check_finite=check_finite),
+        lambda jobs: many_ops.lerp_many(jobs, alpha, labels=labels, check_finite=check_finite),
         many_ops.in_one_go,
         dtype=dtype,
         out=out,
