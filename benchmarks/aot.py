@@ -268,7 +268,10 @@ def main() -> int:
         if (args.kernel and case.name not in args.kernel) or (args.dtype and case.dtype != args.dtype):
             continue
         for target in [args.target] if args.target else TARGETS:
-            faults, cost = check(case, target)
+            try:
+                faults, cost = check(case, target)
+            except Exception as error:  # one kernel that does not compile must not hide what is wrong with the others
+                faults, cost = [f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-200:]}"], 0.0
             note = "; ".join(faults) or (f"{cost:.1f} instructions per element" if cost else "ok")
             print(f"{target:7} {case.name:20} {case.dtype:5} {note}", flush=True)
             found.append({"target": target, "kernel": case.name, "dtype": case.dtype, "instructions": round(cost, 2), "faults": faults})
