@@ -60,6 +60,11 @@ MergePlan ToPlan(int64_t n, bool f64, const TensorArg& base, const std::vector<T
   Fill(options, "densities", models.size(), plan.density);
   Fill(options, "counts", models.size(), plan.counts);
   Fill(options, "keep_below", models.size(), job.keep_below);
+  job.in.first = options["first"].cast<int64_t>();
+  if (job.in.first % kSumBlock) throw std::invalid_argument("first: not at the begin of a block");
+  const auto factors = options["factors"].cast<std::vector<double>>();
+  plan.rescaled = !factors.empty();
+  if (plan.rescaled) Fill(options, "factors", models.size(), job.rescale);
   const auto selection = options["selection"].cast<std::vector<std::tuple<int64_t, int64_t>>>();
   plan.selected = !selection.empty();
   const bool band = job.sparsify == Sparsify::kBand;
@@ -68,7 +73,7 @@ MergePlan ToPlan(int64_t n, bool f64, const TensorArg& base, const std::vector<T
   }
   for (size_t i = 0; i < selection.size(); ++i) {
     Selection& row = i < models.size() ? job.selection[i] : job.larger[i - models.size()];
-    row = {std::get<0>(selection[i]), std::get<1>(selection[i])};
+    row = {std::get<0>(selection[i]), std::get<1>(selection[i]) - job.in.first};
   }
   return plan;
 }
@@ -88,6 +93,12 @@ int64_t PyVoteBalance(int64_t n, bool f64, const TensorArg& base, const std::vec
   return VoteBalance(&plan, threads);
 }
 
+std::vector<std::tuple<int64_t, int64_t>> Rows(const std::vector<Selection>& selections) {
+  std::vector<std::tuple<int64_t, int64_t>> rows;
+  for (const Selection& s : selections) rows.emplace_back(s.key, s.cut);
+  return rows;
+}
+
 // tensors: (n, base, models) each.
 std::vector<std::tuple<int64_t, int64_t>> PySelect(const std::vector<std::tuple<int64_t, TensorArg, std::vector<TensorArg>>>& tensors,
                                                    bool f64, const std::vector<int64_t>& counts, bool tie_all, int threads) {
@@ -96,10 +107,8 @@ std::vector<std::tuple<int64_t, int64_t>> PySelect(const std::vector<std::tuple<
     in.push_back(ToDeltas(n, f64, base, models));
     if (models.size() != counts.size()) throw std::invalid_argument("one count per model");
   }
-  std::vector<std::tuple<int64_t, int64_t>> rows;
   py::gil_scoped_release release;
-  for (const Selection& s : Select(in, counts, tie_all, threads)) rows.emplace_back(s.key, s.cut);
-  return rows;
+  return Rows(Select(in, counts, tie_all, threads));
 }
 
 bool PyLerp(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, bool near_a, double weight, const TensorArg& out, int threads) {
@@ -127,10 +136,66 @@ void PyAddLowRank(int64_t n, const TensorArg& x, int64_t first, int64_t columns,
   AddLowRank(job, n, threads);
 }
 
-std::tuple<double, double, double> PyDots(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, int threads) {
-  double sums[3];
-  DotProducts(n, ToInput(a), ToInput(b), f64, threads, sums);
-  return {sums[0], sums[1], sums[2]};
+// `sums`: of the parts before this one.
+std::vector<double> PyDots(int64_t n, bool f64, const TensorArg& a, const TensorArg& b, std::vector<double> sums, int threads) {
+  if (sums.size() != 3) throw std::invalid_argument("three sums");
+  DotProducts(n, ToInput(a), ToInput(b), f64, threads, sums.data());
+  return sums;
+}
+
+std::vector<double> PyAbsSums(int64_t n, bool f64, const TensorArg& base, const std::vector<TensorArg>& models, const py::dict& options,
+                              std::vector<double> sums, int threads) {
+  const MergePlan plan = ToPlan(n, f64, base, models, options);
+  if (sums.size() != 2 * models.size()) throw std::invalid_argument("two sums per model");
+  py::gil_scoped_release release;
+  AddAbsSums(plan.job, threads, sums.data());
+  return sums;
+}
+
+Deltas ToPart(int64_t n, int64_t first, bool f64, const TensorArg& base, const std::vector<TensorArg>& models) {
+  Deltas part = ToDeltas(n, f64, base, models);
+  part.first = first;
+  return part;
+}
+
+void DefineStreamedSelection(py::module_& m) {
+  using S = StreamedSelection;
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  py::class_<S>(m, "StreamedSelection")
+      .def(py::init(&S::Make))
+      .def("searched", &S::Searched)
+      .def("sample_ranges",
+           [](const S& s) {
+             std::vector<std::pair<int64_t, int64_t>> ranges;
+             for (const FlatRange& r : s.SampleRanges()) ranges.emplace_back(r.begin, r.end);
+             return ranges;
+           })
+      .def(
+          "sample",
+          [](S& s, int64_t n, int64_t first, bool f64, const TensorArg& base, const std::vector<TensorArg>& models) {
+            s.Sample(ToPart(n, first, f64, base, models));
+          },
+          Unlocked())
+      .def(
+          "add",
+          [](S& s, int64_t n, int64_t first, bool f64, const TensorArg& base, const std::vector<TensorArg>& models, int threads) {
+            s.Add({ToPart(n, first, f64, base, models)}, threads);
+          },
+          Unlocked())
+      .def("guesses", [](S& s, int threads) { return Rows(s.Guesses(threads)); })
+      .def("strayed", &S::Strayed)
+      .def("end_pass", &S::EndPass, Unlocked())
+      .def("lookups",
+           [](const S& s) {
+             std::vector<std::pair<int64_t, int64_t>> ranges;
+             for (const Lookup& l : s.Lookups()) ranges.emplace_back(l.begin, l.end);
+             return ranges;
+           })
+      .def("look",
+           [](S& s, size_t lookup, int64_t n, int64_t first, bool f64, const TensorArg& base, const std::vector<TensorArg>& models) {
+             s.Look(lookup, ToPart(n, first, f64, base, models));
+           })
+      .def("rows", [](const S& s) { return Rows(s.Result()); });
 }
 
 // `options`: see pymerge.native_kl._options. Addresses of fp32 arrays; weight may be 0.
@@ -186,6 +251,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("merge", &PyMerge);
   m.def("vote_balance", &PyVoteBalance);
   m.def("select", &PySelect);
+  m.def("abs_sums", &PyAbsSums);
+  DefineStreamedSelection(m);
   m.def("lerp", &PyLerp, py::call_guard<py::gil_scoped_release>());
   m.def("dots", &PyDots, py::call_guard<py::gil_scoped_release>());
   m.def("add_low_rank", &PyAddLowRank, py::call_guard<py::gil_scoped_release>());

@@ -36,24 +36,14 @@ void ForEachChunk(int64_t n, int64_t bytes, int threads, F&& f) {
 
 void ChooseFactors(MergePlan* plan, int threads) {
   MergeJob& job = plan->job;
+  if (plan->rescaled) return;
+  const bool sparse = job.sparsify != Sparsify::kNone;
+  double sums[2 * kMaxModels] = {};
+  if (sparse && plan->rescale == Rescale::kNorm) AddAbsSums(job, threads, sums);
   for (int m = 0; m < job.in.models; ++m) {
-    double factor = 1.0;
-    if (job.sparsify != Sparsify::kNone && plan->rescale == Rescale::kDensity && plan->density[m] > 0) {
-      factor = 1.0 / plan->density[m];
-    } else if (job.sparsify != Sparsify::kNone && plan->rescale == Rescale::kNorm) {
-      const size_t blocks = static_cast<size_t>((job.in.n + kSumBlock - 1) / kSumBlock);
-      std::vector<double> full(blocks), kept(blocks);
-      ForEachChunk(job.in.n, BytesMoved(job.in), threads, [&](int64_t begin, int64_t end) {
-        CurrentKernels().abs_sums(job, m, begin, end, full.data(), kept.data());
-      });
-      double all = 0.0, part = 0.0;
-      for (size_t b = 0; b < blocks; ++b) {
-        all += full[b];
-        part += kept[b];
-      }
-      if (part > 0) factor = all / part;
-    }
-    job.rescale[m] = factor;
+    job.rescale[m] = 1.0;
+    if (sparse && plan->rescale == Rescale::kDensity && plan->density[m] > 0) job.rescale[m] = 1.0 / plan->density[m];
+    if (sums[2 * m + 1] > 0) job.rescale[m] = sums[2 * m] / sums[2 * m + 1];
   }
 }
 
@@ -93,6 +83,19 @@ bool MergeTensor(MergePlan* plan, int threads) {
   return finite;
 }
 
+void AddAbsSums(const MergeJob& job, int threads, double* sums) {
+  const size_t blocks = static_cast<size_t>((job.in.n + kSumBlock - 1) / kSumBlock);
+  std::vector<double> full(blocks), kept(blocks);
+  for (int m = 0; m < job.in.models; ++m) {
+    ForEachChunk(job.in.n, BytesMoved(job.in), threads,
+                 [&](int64_t begin, int64_t end) { CurrentKernels().abs_sums(job, m, begin, end, full.data(), kept.data()); });
+    for (size_t b = 0; b < blocks; ++b) {
+      sums[2 * m] += full[b];
+      sums[2 * m + 1] += kept[b];
+    }
+  }
+}
+
 bool LerpTensor(LerpJob job, int threads) {
   const int64_t bytes = BytesOf(job.a.dtype) + BytesOf(job.b.dtype) + BytesOf(job.out.dtype);
   job.stream = job.out.data != job.a.data && job.n * BytesOf(job.out.dtype) >= kStreamBytes;
@@ -103,11 +106,10 @@ bool LerpTensor(LerpJob job, int threads) {
   return finite;
 }
 
-void DotProducts(int64_t n, const Input& a, const Input& b, bool f64, int threads, double sums[3]) {
+void DotProducts(int64_t n, const Input& a, const Input& b, bool f64, int threads, double* sums) {
   std::vector<double> blocks(static_cast<size_t>(3 * ((n + kSumBlock - 1) / kSumBlock)));
   ForEachChunk(n, (BytesOf(a.dtype) + BytesOf(b.dtype)) * n, threads,
                [&](int64_t begin, int64_t end) { CurrentKernels().dots(a, b, f64, begin, end, blocks.data()); });
-  std::fill(sums, sums + 3, 0.0);
   for (size_t i = 0; i < blocks.size(); ++i) sums[i % 3] += blocks[i];
 }
 

@@ -15,6 +15,7 @@ struct MergePlan {
   int64_t counts[kMaxModels];  // elements to keep by magnitude, unless `selected`
   double density[kMaxModels];
   bool selected = false;  // job.selection is given
+  bool rescaled = false;  // job.rescale is given
   bool tie_all = false;
   bool majority = false;  // tied elections go to the tensor's majority, job.zero_vote is to be found
   Rescale rescale = Rescale::kNone;
@@ -29,7 +30,11 @@ int64_t VoteBalance(MergePlan* plan, int threads);
 // Interpolates; false when some difference is not finite.
 bool LerpTensor(LerpJob job, int threads);
 
-// a·a, b·b, a·b.
-void DotProducts(int64_t n, const Input& a, const Input& b, bool f64, int threads, double sums[3]);
+// Adds the L1 norms of each model's delta (sums[2 * m]) and of its kept part (sums[2 * m + 1]), block by block in order: called for the
+// parts of a tensor one after the other, it gives the sums of the whole. The selection must be given.
+void AddAbsSums(const MergeJob& job, int threads, double* sums);
+
+// Adds a·a, b·b and a·b likewise.
+void DotProducts(int64_t n, const Input& a, const Input& b, bool f64, int threads, double* sums);
 
 }  // namespace pymerge

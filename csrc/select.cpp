@@ -3,18 +3,24 @@
 //   2. one pass counts the keys above the bracket and equal to the guess, and collects those inside, about 1 %;
 //   3. the counts prove that the k-th lies inside, and it is selected among the collected ones.
 // The guess is counted and never collected: on bf16 deltas percents of all elements share one magnitude. When the counts do not prove it
-// (adversarial data), or too much would be collected, histograms over the whole data find the k-th digit by digit, always exactly.
+// (adversarial data), the next pass looks where they say that it lies. Where more would be collected than there is room for, a histogram of
+// the bracket takes its place: exact when a bin is one key, else the next pass looks inside one bin. Always exact, and rarely two passes.
 #include "select.h"
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
+#include <stdexcept>
+#include <string>
 
 #include "dispatch.h"
 #include "thread_pool.h"
@@ -23,14 +29,17 @@ namespace pymerge {
 namespace {
 
 constexpr int64_t kSmall = 1 << 12;  // up to here all keys are sorted out, without a sample
-constexpr int kRun = 16;             // sampled elements come in runs of one or two cache lines
-constexpr int kDigit = 11;           // bits of a histogram's digit
+constexpr int kDigit = 11;           // bits of a histogram's digit, among collected keys
+constexpr int64_t kLeastBins = 1 << 16, kMostBins = 1 << 24;  // of the histogram that takes the place of collected keys
 
-struct ChunkRef {
-  int tensor;
-  int64_t begin, end;  // within the tensor
-  int64_t offset;      // flat index of begin
-};
+// Index of the rank-th (from 1) key that equals `key`.
+template <class Key>
+int64_t IndexOfEqual(const Key* keys, int64_t n, Key key, int64_t rank) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (keys[i] == key && --rank == 0) return i;
+  }
+  return n - 1;
+}
 
 // Collected keys of all chunks, in blocks that are allocated as needed and kept for the next call: page faults of fresh memory cost more
 // than the selection itself.
@@ -87,197 +96,292 @@ Workspace<Key>& SharedWorkspace() {
   return *workspace;
 }
 
+// One model's keys of one chunk. No keys although some were collected: they were too many, or are in the histogram.
 template <class Key>
 struct Counted {
-  int64_t above = 0, equal = 0, collected = 0;
+  int32_t above = 0, equal = 0, collected = 0;
   const Key* keys = nullptr;
 };
 
 template <class Key>
-class Selector {
+class Selector final : public StreamedSelection {
  public:
-  Selector(const std::vector<Deltas>& tensors, const std::vector<int64_t>& counts, bool tie_all, int threads)
-      : tensors_(tensors), kernels_(CurrentKernels()), counts_(counts), tie_all_(tie_all) {
-    int64_t bytes = 0;
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      for (int64_t i = 0; i < tensors[t].n; i += kChunk) {
-        const int64_t end = std::min(i + kChunk, tensors[t].n);
-        chunks_.push_back({static_cast<int>(t), i, end, n_ + i});
+  // `limit`: keys to collect per model, at most. `run`, `runs`: elements in a sampled run, and runs at most; `spread`: half the bracket's
+  // width in standard deviations of a sample of independent elements.
+  Selector(int64_t n, const std::vector<int64_t>& counts, bool tie_all, int64_t limit, int run, int64_t runs, double spread)
+      : kernels_(CurrentKernels()), n_(n), tie_all_(tie_all), limit_(std::max(limit, kSmall)), spread_(spread), result_(counts.size()), strayed_(counts.size()) {
+    for (size_t m = 0; m < counts.size(); ++m) {
+      if (counts[m] <= 0 || n == 0) {
+        result_[m] = {std::numeric_limits<int64_t>::max(), -1};
+      } else if (counts[m] >= n) {
+        result_[m] = {0, n - 1};
+      } else {
+        searches_.push_back(std::make_unique<Search>());
+        searches_.back()->model = static_cast<int>(m);
+        searches_.back()->k = counts[m];
       }
-      n_ += tensors[t].n;
-      bytes += tensors[t].n * static_cast<int64_t>(sizeof(Key)) * (tensors[t].models + 1);
     }
-    threads_ = UsefulThreads(bytes, threads);
+    if (searches_.empty() || n <= kSmall) return;
+    runs = std::clamp<int64_t>(n / 64 / run, 16, runs);
+    const int64_t stride = n / runs;
+    uint64_t hash = 0x9E3779B97F4A7C15u;
+    for (int64_t r = 0; r < runs; ++r) {
+      hash ^= hash << 13, hash ^= hash >> 7, hash ^= hash << 17;
+      const int64_t begin = r * stride + static_cast<int64_t>(hash % static_cast<uint64_t>(stride - run + 1));
+      ranges_.push_back({begin, begin + run});
+    }
   }
 
-  std::vector<Selection> Run() {
-    std::vector<Selection> result(counts_.size());
-    std::vector<int> pending;
-    for (size_t m = 0; m < counts_.size(); ++m) {
-      if (counts_[m] <= 0 || n_ == 0) {
-        result[m] = {std::numeric_limits<int64_t>::max(), -1};
-      } else if (counts_[m] >= n_) {
-        result[m] = {0, n_ - 1};
+  // Collected keys go to a workspace that others may use later, instead of the selector's own.
+  void Borrow(Workspace<Key>* workspace) {
+    workspace_ = workspace;
+    for (auto& arena : workspace_->arena) arena.Reset();
+  }
+
+  int Searched() const override { return static_cast<int>(searches_.size()); }
+  const std::vector<FlatRange>& SampleRanges() const override { return ranges_; }
+  const std::vector<Lookup>& Lookups() const override { return lookups_; }
+  const std::vector<int64_t>& Strayed() const override { return strayed_; }
+  const std::vector<Selection>& Result() const override { return result_; }
+
+  void Sample(const Deltas& part) override {
+    for (size_t s = 0; s < searches_.size(); ++s) SampleOne(s, part, 0, part.n);
+  }
+
+  // Elements [begin, end) of a part, for one search; calls for different searches may run at the same time.
+  void SampleOne(size_t search, const Deltas& part, int64_t begin, int64_t end) {
+    std::vector<Key>& sample = searches_[search]->sample;
+    const size_t used = sample.size();
+    sample.resize(used + static_cast<size_t>(end - begin));
+    kernels_.keys(part, searches_[search]->model, begin, end, sample.data() + used);
+  }
+
+  std::vector<Selection> Guesses(int threads) override {
+    BeginPass(threads);
+    std::vector<Selection> guesses = result_;
+    for (const auto& search : searches_) guesses[search->model] = {search->bracket.mid, n_ - 1};
+    return guesses;
+  }
+
+  void Add(const std::vector<Deltas>& parts, int threads) override {
+    if (searches_.empty()) return;
+    if (chunks_.empty()) BeginPass(threads);
+    const size_t first = chunks_.size(), width = searches_.size();
+    int64_t bytes = 0;
+    for (size_t t = 0; t < parts.size(); ++t) {
+      for (int64_t i = 0; i < parts[t].n; i += kChunk) {
+        chunks_.push_back({static_cast<int>(t), i, std::min(i + kChunk, parts[t].n), parts[t].first + i});
+      }
+      seen_ += parts[t].n;
+      bytes += parts[t].n * static_cast<int64_t>(sizeof(Key)) * (parts[t].models + 1);
+    }
+    rows_.resize(chunks_.size() * width);
+    ParallelFor(static_cast<int64_t>(chunks_.size() - first), UsefulThreads(bytes, threads), [&](int64_t c, int slot) {
+      const size_t at = first + static_cast<size_t>(c);
+      Arena<Key>& arena = workspace_->arena[slot];
+      Key* staging = arena.Staging();
+      if (!staging) throw std::bad_alloc();
+      const ChunkRef& chunk = chunks_[at];
+      for (size_t s = 0; s < width; ++s) {
+        Search& search = *searches_[s];
+        const BracketCount count = kernels_.count(parts[chunk.part], search.model, search.bracket, chunk.begin, chunk.end, staging);
+        Counted<Key>& row = rows_[at * width + s];
+        row.above = static_cast<int32_t>(count.above);
+        row.equal = static_cast<int32_t>(count.equal);
+        row.collected = static_cast<int32_t>(count.collected);
+        if (!search.histogram.empty()) {
+          search.Bin(staging, count.collected);
+        } else if (search.collected.fetch_add(count.collected, std::memory_order_relaxed) < limit_) {
+          row.keys = arena.Keep(staging, count.collected);
+        }
+      }
+    });
+  }
+
+  bool EndPass(int threads) override {
+    if (searches_.empty()) return true;
+    if (seen_ != n_) throw std::invalid_argument("a selection over " + std::to_string(n_) + " elements was given " + std::to_string(seen_));
+    order_.resize(chunks_.size());
+    std::iota(order_.begin(), order_.end(), size_t{0});
+    auto earlier = [&](size_t a, size_t b) { return chunks_[a].offset < chunks_[b].offset; };
+    if (!std::is_sorted(order_.begin(), order_.end(), earlier)) std::sort(order_.begin(), order_.end(), earlier);
+    std::vector<uint8_t> found(searches_.size());
+    ParallelFor(static_cast<int64_t>(searches_.size()), threads, [&](int64_t s, int) { found[s] = Finish(static_cast<size_t>(s)); });
+    std::vector<std::unique_ptr<Search>> missed;
+    for (size_t s = 0; s < searches_.size(); ++s) {
+      const Search& search = *searches_[s];
+      if (!found[s]) {
+        strayed_[search.model] = n_;  // the guess was another pass's
+        missed.push_back(std::move(searches_[s]));
+      } else if (tie_all_) {
+        result_[search.model] = {search.key, n_ - 1};
       } else {
-        pending.push_back(static_cast<int>(m));
+        result_[search.model].key = search.key;
+        lookups_.push_back(search.lookup);
       }
     }
-    if (pending.empty()) return result;
-    if (n_ <= kSmall) {
-      ParallelFor(static_cast<int64_t>(pending.size()), threads_, [&](int64_t i, int) { result[pending[i]] = SelectSmall(pending[i]); });
-      return result;
-    }
-    std::vector<Bracket> brackets(pending.size());
-    ParallelFor(static_cast<int64_t>(pending.size()), threads_, [&](int64_t i, int) { brackets[i] = Guess(pending[i]); });
-    Resolve(pending, brackets, &result);
-    return result;
+    searches_ = std::move(missed);
+    chunks_.clear();
+    rows_.clear();
+    for (auto& arena : workspace_->arena) arena.Reset();
+    seen_ = 0;
+    return searches_.empty();
+  }
+
+  void Look(size_t lookup, const Deltas& part) override {
+    const Lookup& wanted = lookups_.at(lookup);
+    if (wanted.begin < part.first || wanted.end > part.first + part.n) throw std::invalid_argument("a lookup's chunk is not all there");
+    std::vector<Key> keys(static_cast<size_t>(wanted.end - wanted.begin));
+    kernels_.keys(part, wanted.model, wanted.begin - part.first, wanted.end - part.first, keys.data());
+    const Key key = static_cast<Key>(result_[wanted.model].key);
+    result_[wanted.model].cut = wanted.begin + IndexOfEqual(keys.data(), static_cast<int64_t>(keys.size()), key, wanted.rank);
   }
 
  private:
   static constexpr Key kTop = std::numeric_limits<Key>::max();
 
-  std::vector<Key> AllKeys(int model) const {
-    std::vector<Key> keys(static_cast<size_t>(n_));
-    for (const ChunkRef& c : chunks_) kernels_.keys(tensors_[c.tensor], model, c.begin, c.end, keys.data() + c.offset);
-    return keys;
-  }
+  struct ChunkRef {
+    int part;
+    int64_t begin, end;  // within the part
+    int64_t offset;      // flat index of begin
+  };
 
-  Selection SelectSmall(int model) const {
-    const std::vector<Key> keys = AllKeys(model);
-    std::vector<Key> sorted = keys;
-    const int64_t k = counts_[model];
-    std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<Key>());
-    const Key key = sorted[k - 1];
-    if (tie_all_) return {key, n_ - 1};
-    int64_t rank = k;
-    for (Key x : keys) rank -= x > key;
-    return {key, IndexOfEqual(keys.data(), n_, key, rank)};
-  }
+  struct Search {
+    int model;
+    int64_t k;
+    std::vector<Key> sample;
+    Bracket bracket{0, 0, kTop};
+    std::vector<int64_t> histogram;  // of the bracket's keys, instead of collecting them; empty: they are collected
+    int shift = 0;                   // keys per bin, as a power of two
+    std::mutex mutex;                // of the histogram
+    std::atomic<int64_t> collected{0};
+    Key key = 0;  // the k-th
+    Lookup lookup;
 
-  // Index of the rank-th (from 1) key that equals `key`.
-  static int64_t IndexOfEqual(const Key* keys, int64_t n, Key key, int64_t rank) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (keys[i] == key && --rank == 0) return i;
+    void Bin(const Key* keys, int64_t count) {
+      std::lock_guard<std::mutex> lock(mutex);
+      for (int64_t i = 0; i < count; ++i) ++histogram[BinOf(keys[i])];
     }
-    return n - 1;
+    size_t BinOf(Key x) const { return static_cast<size_t>((static_cast<uint64_t>(x) - static_cast<uint64_t>(bracket.lo)) >> shift); }
+
+    // How many keys of the histogram, whose bins are single keys, are at least x.
+    int64_t Above(Key x) const { return std::accumulate(histogram.begin() + static_cast<ptrdiff_t>(BinOf(x)), histogram.end(), int64_t{0}); }
+
+    // In the memory of `limit` keys.
+    void UseHistogram(int64_t limit) {
+      const int64_t bins = std::clamp(limit / static_cast<int64_t>(sizeof(int64_t) / sizeof(Key)), kLeastBins, kMostBins);
+      const uint64_t range = static_cast<uint64_t>(bracket.hi) - static_cast<uint64_t>(bracket.lo);
+      shift = 0;
+      while (range >> shift >= static_cast<uint64_t>(bins)) ++shift;
+      histogram.assign(static_cast<size_t>(range >> shift) + 1, 0);
+    }
+  };
+
+  void BeginPass(int threads) {
+    if (!workspace_) {
+      own_ = std::make_unique<Workspace<Key>>();
+      workspace_ = own_.get();
+    }
+    ParallelFor(static_cast<int64_t>(searches_.size()), threads, [&](int64_t s, int) {
+      Search& search = *searches_[s];
+      search.collected = 0;
+      if (!search.sample.empty()) Guess(&search);
+    });
   }
 
-  // A bracket that almost surely holds the k-th largest key, from a sample in runs at hashed positions.
-  Bracket Guess(int model) const {
-    const int64_t runs = std::clamp<int64_t>(n_ / 64 / kRun, 32, 8192), stride = n_ / runs;
-    std::vector<Key> sample(static_cast<size_t>(runs * kRun));
-    size_t c = 0, used = 0;
-    uint64_t hash = 0x9E3779B97F4A7C15u;
-    for (int64_t r = 0; r < runs; ++r) {
-      hash ^= hash << 13, hash ^= hash >> 7, hash ^= hash << 17;
-      const int64_t at = r * stride + static_cast<int64_t>(hash % static_cast<uint64_t>(stride));
-      while (c + 1 < chunks_.size() && chunks_[c + 1].offset <= at) ++c;
-      const Deltas& tensor = tensors_[chunks_[c].tensor];
-      const int64_t begin = std::max<int64_t>(0, std::min(chunks_[c].begin + at - chunks_[c].offset, tensor.n - kRun));
-      const int64_t end = std::min<int64_t>(begin + kRun, tensor.n);
-      kernels_.keys(tensor, model, begin, end, sample.data() + used);
-      used += static_cast<size_t>(end - begin);
-    }
-    const double size = static_cast<double>(used), p = static_cast<double>(counts_[model]) / static_cast<double>(n_);
-    const double rank = p * size, spread = 6 * std::sqrt(size * p * (1 - p)) + 2;
+  // A bracket that almost surely holds the k-th largest key, from the sample.
+  void Guess(Search* search) const {
+    std::vector<Key> sample = std::move(search->sample);
+    search->sample.clear();
+    const double size = static_cast<double>(sample.size()), p = static_cast<double>(search->k) / static_cast<double>(n_);
+    const double rank = p * size, spread = spread_ * std::sqrt(size * p * (1 - p)) + 2;
     auto nth = [&](double r, auto first, auto last) {
-      const auto it = sample.begin() + std::clamp<int64_t>(static_cast<int64_t>(r), 0, static_cast<int64_t>(used) - 1);
+      const auto it = sample.begin() + std::clamp<int64_t>(static_cast<int64_t>(r), 0, static_cast<int64_t>(sample.size()) - 1);
       std::nth_element(first, it, last, std::greater<Key>());
       return it;
     };
-    const auto end = sample.begin() + static_cast<int64_t>(used);
-    const auto mid = nth(rank, sample.begin(), end);
-    Bracket bracket{0, *mid, kTop};
+    const auto mid = nth(rank, sample.begin(), sample.end());
+    Bracket& bracket = search->bracket = {0, *mid, kTop};
     if (rank - spread > 0) bracket.hi = *nth(rank - spread, sample.begin(), mid + 1);
-    if (rank + spread < size - 1) bracket.lo = *nth(rank + spread, mid, end);
-    return bracket;
+    if (rank + spread < size - 1) bracket.lo = *nth(rank + spread, mid, sample.end());
+    const auto inside =
+        std::count_if(sample.begin(), sample.end(), [&](Key x) { return x >= bracket.lo && x <= bracket.hi && x != bracket.mid; });
+    // Twice as many as expected fit: a sample errs, and its error costs a pass.
+    if (2 * static_cast<double>(inside) / size * static_cast<double>(n_) > static_cast<double>(limit_)) search->UseHistogram(limit_);
   }
 
-  void Resolve(const std::vector<int>& models, std::vector<Bracket> brackets, std::vector<Selection>* result) {
-    // Another thread may be using the shared one, or have been when this process was forked.
-    std::unique_lock<std::mutex> lock(SharedWorkspace<Key>().mutex, std::try_to_lock);
-    std::unique_ptr<Workspace<Key>> own;
-    if (!lock.owns_lock()) own = std::make_unique<Workspace<Key>>();
-    Workspace<Key>* workspace = own ? own.get() : &SharedWorkspace<Key>();
-    std::vector<Counted<Key>> counted = CountPass(models, brackets, workspace);
-    std::vector<uint8_t> found(models.size());
-    ParallelFor(static_cast<int64_t>(models.size()), threads_, [&](int64_t i, int) {
-      found[i] = Finish(models[i], brackets[i], counted.data() + i, models.size(), &(*result)[models[i]]);
-    });
-    std::vector<int> missed;
-    for (size_t i = 0; i < models.size(); ++i) {
-      if (!found[i]) missed.push_back(models[i]);
-    }
-    if (missed.empty()) return;
-    // The slow way: find the key digit by digit, then count it to find the cut.
-    brackets.resize(missed.size());
-    for (size_t i = 0; i < missed.size(); ++i) {
-      const Key key = KeyByDigits(missed[i]);
-      brackets[i] = {key, key, key};
-    }
-    counted = CountPass(missed, brackets, workspace);
-    ParallelFor(static_cast<int64_t>(missed.size()), threads_, [&](int64_t i, int) {
-      // A one-key bracket collects nothing and is right: only a lack of memory can be in the way.
-      if (!Finish(missed[i], brackets[i], counted.data() + i, missed.size(), &(*result)[missed[i]])) throw std::bad_alloc();
-    });
-  }
-
-  // Per chunk and model, row by row. A model of which too much would be collected gets null keys from there on.
-  std::vector<Counted<Key>> CountPass(const std::vector<int>& models, const std::vector<Bracket>& brackets, Workspace<Key>* workspace) {
-    const size_t width = models.size();
-    std::vector<Counted<Key>> counted(chunks_.size() * width);
-    const int64_t limit = n_ / 8 + (1 << 18);
-    std::unique_ptr<std::atomic<int64_t>[]> total(new std::atomic<int64_t>[width]);
-    for (size_t i = 0; i < width; ++i) total[i] = 0;
-    for (auto& arena : workspace->arena) arena.Reset();
-    ParallelFor(static_cast<int64_t>(chunks_.size()), threads_, [&](int64_t c, int slot) {
-      Arena<Key>& arena = workspace->arena[slot];
-      Key* staging = arena.Staging();
-      const ChunkRef& chunk = chunks_[c];
-      for (size_t i = 0; i < width && staging; ++i) {
-        const BracketCount count = kernels_.count(tensors_[chunk.tensor], models[i], brackets[i], chunk.begin, chunk.end, staging);
-        Counted<Key>& row = counted[static_cast<size_t>(c) * width + i];
-        row.above = count.above;
-        row.equal = count.equal;
-        row.collected = count.collected;
-        if (total[i].fetch_add(count.collected, std::memory_order_relaxed) < limit) row.keys = arena.Keep(staging, count.collected);
-      }
-    });
-    return counted;
-  }
-
-  // Selects among what a pass counted and collected; false when that does not contain the k-th key. `rows` has one row per chunk.
-  bool Finish(int model, const Bracket& bracket, const Counted<Key>* rows, size_t width, Selection* result) const {
-    const int64_t k = counts_[model];
-    const Key mid = static_cast<Key>(bracket.mid);
-    int64_t above = 0, equal = 0, upper = 0, collected = 0;
+  // Finds the key and, unless ties are all kept, the chunk where the last one kept lies; or else sets up the next pass.
+  bool Finish(size_t s) {
+    Search& search = *searches_[s];
+    const Bracket bracket = search.bracket;
+    const Key lo = static_cast<Key>(bracket.lo), mid = static_cast<Key>(bracket.mid), hi = static_cast<Key>(bracket.hi);
+    int64_t above = 0, equal = 0, collected = 0, upper = 0;
+    bool complete = true;
     for (size_t c = 0; c < chunks_.size(); ++c) {
-      const Counted<Key>& row = rows[c * width];
-      if (row.collected && !row.keys) return false;
+      const Counted<Key>& row = rows_[c * searches_.size() + s];
       above += row.above;
       equal += row.equal;
       collected += row.collected;
-      for (int64_t i = 0; i < row.collected; ++i) upper += row.keys[i] > mid;
+      complete &= !row.collected || row.keys;
+      if (row.keys) upper += std::count_if(row.keys, row.keys + row.collected, [&](Key x) { return x > mid; });
     }
-    if (k <= above || k > above + collected + equal) return false;
-    int64_t rank;  // of the k-th key among those equal to it, from 1
-    Key key = mid;
-    if (k <= above + upper) {
-      key = SelectCollected(rows, width, mid + 1, static_cast<Key>(bracket.hi), k - above, &rank);
-    } else if (k > above + upper + equal) {
-      key = SelectCollected(rows, width, static_cast<Key>(bracket.lo), mid - 1, k - above - upper - equal, &rank);
+    if (search.k <= above) return Narrow(&search, hi + 1, kTop, n_);
+    if (search.k > above + collected + equal) return Narrow(&search, 0, lo - 1, n_);
+    int64_t rank;           // of the k-th key among those equal to it, from 1
+    int64_t rank_ties = 0;  // how many those are, where it is known already
+    if (!search.histogram.empty()) {
+      search.histogram[search.BinOf(mid)] += equal;
+      rank = search.k - above;
+      size_t bin = search.histogram.size() - 1;
+      while (rank > search.histogram[bin]) rank -= search.histogram[bin--];
+      const Key low = static_cast<Key>(lo + (static_cast<Key>(bin) << search.shift));
+      const int64_t inside = search.histogram[bin];
+      if (search.shift) return Narrow(&search, low, std::min<Key>(hi, static_cast<Key>(low + ((Key{1} << search.shift) - 1))), inside);
+      search.key = low;
+      rank_ties = inside;
+      if (!tie_all_ && low != mid) return Narrow(&search, low, low, 0);
+    } else if (!complete) {
+      return Narrow(&search, lo, hi, n_);
+    } else if (search.k <= above + upper) {
+      search.key = SelectCollected(s, mid + 1, hi, search.k - above, &rank);
+    } else if (search.k > above + upper + equal) {
+      search.key = SelectCollected(s, lo, mid - 1, search.k - above - upper - equal, &rank);
     } else {
-      rank = k - above - upper;
+      search.key = mid;
+      rank = search.k - above - upper;
     }
-    *result = {key, tie_all_ ? n_ - 1 : Cut(model, rows, width, mid, key, rank)};
+    if (!tie_all_) search.lookup = FindTie(s, rank);
+    if (search.key != mid && strayed_[search.model] == 0) {
+      // Elements between the guess and the k-th key: the ranks of the guess's last element and of the key's.
+      const int64_t guessed = search.histogram.empty() ? above + upper + equal : search.Above(mid) + above;
+      if (!rank_ties) rank_ties = CountEqual(s, search.key);
+      strayed_[search.model] = std::abs(guessed - (search.k - rank + rank_ties));
+    }
     return true;
   }
 
+  int64_t CountEqual(size_t s, Key key) const {
+    int64_t equal = 0;
+    for (size_t c = 0; c < chunks_.size(); ++c) {
+      const Counted<Key>& row = rows_[c * searches_.size() + s];
+      if (row.keys) equal += std::count(row.keys, row.keys + row.collected, key);
+    }
+    return equal;
+  }
+
+  // The next pass looks in [lo, hi], which is known to hold the k-th key, and `inside` keys at most.
+  bool Narrow(Search* search, Key lo, Key hi, int64_t inside) const {
+    search->bracket = {lo, lo, hi};
+    search->histogram.clear();
+    if (inside > limit_ && lo < hi) search->UseHistogram(limit_);
+    return false;
+  }
+
   // The k-th largest of the collected keys in [lo, hi], and its rank among those equal to it: narrowing histograms, linear in their number.
-  Key SelectCollected(const Counted<Key>* rows, size_t width, Key lo, Key hi, int64_t k, int64_t* rank) const {
+  Key SelectCollected(size_t s, Key lo, Key hi, int64_t k, int64_t* rank) const {
     auto for_each = [&](auto&& visit) {
       for (size_t c = 0; c < chunks_.size(); ++c) {
-        const Counted<Key>& row = rows[c * width];
+        const Counted<Key>& row = rows_[c * searches_.size() + s];
         for (int64_t i = 0; i < row.collected; ++i) {
           if (row.keys[i] >= lo && row.keys[i] <= hi) visit(row.keys[i]);
         }
@@ -298,59 +402,94 @@ class Selector {
     return lo;
   }
 
-  // Flat index of the rank-th element whose key is `key`: counts lead to its chunk, and only that is looked at again.
-  int64_t Cut(int model, const Counted<Key>* rows, size_t width, Key mid, Key key, int64_t rank) const {
-    for (size_t c = 0; c < chunks_.size(); ++c) {
-      const Counted<Key>& row = rows[c * width];
-      const int64_t here = key == mid ? row.equal : std::count(row.keys, row.keys + row.collected, key);
-      if (rank <= here) {
-        const ChunkRef& chunk = chunks_[c];
-        std::vector<Key> keys(static_cast<size_t>(chunk.end - chunk.begin));
-        kernels_.keys(tensors_[chunk.tensor], model, chunk.begin, chunk.end, keys.data());
-        return chunk.offset + IndexOfEqual(keys.data(), static_cast<int64_t>(keys.size()), key, rank);
-      }
+  // The chunk that holds the rank-th element, by flat index, of those at the k-th magnitude: only that is looked at again.
+  Lookup FindTie(size_t s, int64_t rank) const {
+    const Search& search = *searches_[s];
+    for (size_t c : order_) {
+      const Counted<Key>& row = rows_[c * searches_.size() + s];
+      const int64_t here = search.key == search.bracket.mid ? row.equal : std::count(row.keys, row.keys + row.collected, search.key);
+      if (rank <= here) return {search.model, chunks_[c].offset, chunks_[c].offset + chunks_[c].end - chunks_[c].begin, rank};
       rank -= here;
     }
-    return n_ - 1;
+    throw std::logic_error("the elements changed while they were counted");
   }
 
-  Key KeyByDigits(int model) const {
-    using Histogram = std::array<int64_t, 1 << kDigit>;
-    constexpr int kBits = std::numeric_limits<Key>::digits;
-    int64_t k = counts_[model];
-    Key prefix = 0;
-    for (int shift = (kBits - 1) / kDigit * kDigit; shift >= 0; shift -= kDigit) {
-      std::vector<Histogram> histogram(static_cast<size_t>(threads_), Histogram{});
-      std::vector<std::vector<Key>> keys(static_cast<size_t>(threads_), std::vector<Key>(kChunk));
-      ParallelFor(static_cast<int64_t>(chunks_.size()), threads_, [&](int64_t c, int slot) {
-        const ChunkRef& chunk = chunks_[c];
-        kernels_.keys(tensors_[chunk.tensor], model, chunk.begin, chunk.end, keys[slot].data());
-        for (int64_t i = 0; i < chunk.end - chunk.begin; ++i) {
-          const Key key = keys[slot][i];
-          // Two shifts: the first alone may be by the whole width of the key.
-          if (key >> shift >> (kDigit - 1) >> 1 == prefix >> shift >> (kDigit - 1) >> 1) ++histogram[slot][key >> shift & ((1 << kDigit) - 1)];
-        }
-      });
-      int64_t digit = (1 << kDigit) - 1;
-      for (;; --digit) {
-        int64_t here = 0;
-        for (const Histogram& h : histogram) here += h[digit];
-        if (k <= here || digit == 0) break;
-        k -= here;
-      }
-      prefix |= static_cast<Key>(digit) << shift;
-    }
-    return prefix;
-  }
-
-  const std::vector<Deltas>& tensors_;
   const Kernels& kernels_;
-  const std::vector<int64_t>& counts_;
+  const int64_t n_;
   const bool tie_all_;
-  int threads_ = 1;
-  int64_t n_ = 0;
-  std::vector<ChunkRef> chunks_;
+  const int64_t limit_;
+  const double spread_;
+  std::vector<FlatRange> ranges_;
+  std::vector<std::unique_ptr<Search>> searches_;
+  std::vector<ChunkRef> chunks_;       // of this pass so far
+  std::vector<Counted<Key>> rows_;     // per chunk, one for each search
+  std::vector<size_t> order_;          // of the chunks by flat index
+  int64_t seen_ = 0;
+  std::vector<Lookup> lookups_;
+  std::vector<Selection> result_;
+  std::vector<int64_t> strayed_;
+  std::unique_ptr<Workspace<Key>> own_;
+  Workspace<Key>* workspace_ = nullptr;
 };
+
+template <class Key>
+std::vector<Selection> SelectSmall(const std::vector<Deltas>& parts, int64_t n, const std::vector<int64_t>& counts, bool tie_all, int threads) {
+  std::vector<Selection> result(counts.size());
+  ParallelFor(static_cast<int64_t>(counts.size()), threads, [&](int64_t m, int) {
+    const int64_t k = counts[m];
+    if (k <= 0 || n == 0) {
+      result[m] = {std::numeric_limits<int64_t>::max(), -1};
+    } else if (k >= n) {
+      result[m] = {0, n - 1};
+    } else {
+      std::vector<Key> keys(static_cast<size_t>(n));
+      for (const Deltas& part : parts) CurrentKernels().keys(part, static_cast<int>(m), 0, part.n, keys.data() + part.first);
+      std::vector<Key> sorted = keys;
+      std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<Key>());
+      const Key key = sorted[k - 1];
+      int64_t rank = k;
+      for (Key x : keys) rank -= x > key;
+      result[m] = {key, tie_all ? n - 1 : IndexOfEqual(keys.data(), n, key, rank)};
+    }
+  });
+  return result;
+}
+
+template <class Key>
+std::vector<Selection> SelectInMemory(std::vector<Deltas> parts, const std::vector<int64_t>& counts, bool tie_all, int threads) {
+  int64_t n = 0;
+  for (Deltas& part : parts) {
+    part.first = n;
+    n += part.n;
+  }
+  threads = UsefulThreads(n * static_cast<int64_t>(sizeof(Key) * (counts.size() + 1)), threads);
+  if (n <= kSmall) return SelectSmall<Key>(parts, n, counts, tie_all, threads);
+  // Runs of one or two cache lines.
+  Selector<Key> selector(n, counts, tie_all, n / 8 + (1 << 18), 16, 8192, 6.0);
+  ParallelFor(selector.Searched(), threads, [&](int64_t s, int) {
+    size_t p = 0;
+    for (const FlatRange& range : selector.SampleRanges()) {
+      for (int64_t at = range.begin; at < range.end;) {
+        while (parts[p].first + parts[p].n <= at) ++p;
+        const int64_t end = std::min(range.end, parts[p].first + parts[p].n);
+        selector.SampleOne(static_cast<size_t>(s), parts[p], at - parts[p].first, end - parts[p].first);
+        at = end;
+      }
+    }
+  });
+  // Another thread may be using the shared one, or have been when this process was forked.
+  std::unique_lock<std::mutex> lock(SharedWorkspace<Key>().mutex, std::try_to_lock);
+  if (lock.owns_lock()) selector.Borrow(&SharedWorkspace<Key>());
+  do {
+    selector.Add(parts, threads);
+  } while (!selector.EndPass(threads));
+  const std::vector<Lookup>& lookups = selector.Lookups();
+  ParallelFor(static_cast<int64_t>(lookups.size()), threads, [&](int64_t i, int) {
+    auto holds = [&](const Deltas& part) { return part.first <= lookups[i].begin && lookups[i].begin < part.first + part.n; };
+    selector.Look(static_cast<size_t>(i), *std::find_if(parts.begin(), parts.end(), holds));
+  });
+  return selector.Result();
+}
 
 }  // namespace
 
@@ -360,8 +499,18 @@ int UsefulThreads(int64_t bytes, int threads) {
 }
 
 std::vector<Selection> Select(const std::vector<Deltas>& tensors, const std::vector<int64_t>& counts, bool tie_all, int threads) {
-  if (!tensors.empty() && tensors[0].f64) return Selector<int64_t>(tensors, counts, tie_all, threads).Run();
-  return Selector<int32_t>(tensors, counts, tie_all, threads).Run();
+  if (!tensors.empty() && tensors[0].f64) return SelectInMemory<int64_t>(tensors, counts, tie_all, threads);
+  return SelectInMemory<int32_t>(tensors, counts, tie_all, threads);
+}
+
+std::unique_ptr<StreamedSelection> StreamedSelection::Make(int64_t n, const std::vector<int64_t>& counts, bool tie_all, bool f64,
+                                                           int64_t limit) {
+  // Longer runs than in memory, since every one is a read of a file, which costs the same up to a page; their elements are less
+  // independent, and a missed bracket costs another pass over the files, so it is wider.
+  constexpr int kRun = 256, kRuns = 4096;
+  constexpr double kSpread = 10.0;
+  if (f64) return std::make_unique<Selector<int64_t>>(n, counts, tie_all, limit, kRun, kRuns, kSpread);
+  return std::make_unique<Selector<int32_t>>(n, counts, tie_all, limit, kRun, kRuns, kSpread);
 }
 
 }  // namespace pymerge

@@ -32,8 +32,10 @@ struct Selection {
 };
 
 // One tensor: base and models, or base and some of the models.
+// The data may be a part of them.
 struct Deltas {
   int64_t n = 0;
+  int64_t first = 0;  // index of the data's first element in the whole tensor; a multiple of kSumBlock where indices matter
   int models = 0;
   bool f64 = false;  // compute in fp64
   Input base;
@@ -51,7 +53,7 @@ struct MergeJob {
   double weight[kMaxModels];
   double rescale[kMaxModels];
   double scale = 1.0;
-  Selection selection[kMaxModels];
+  Selection selection[kMaxModels];  // cuts count from in.first
   Selection larger[kMaxModels];  // of a band: the part of `selection` that is left out
   uint64_t keep_below[kMaxModels];  // a 32-bit draw below it keeps the element
   uint64_t seed = 0;

@@ -16,7 +16,19 @@ from torch import Tensor
 from .reference import compute_dtype
 from .spec import MergeSpec, tensor_id
 
-__all__ = ["add_low_rank", "available_isas", "current_isa", "dots", "lerp", "merge", "select", "use_isa", "vote_balance"]
+__all__ = [
+    "StreamedSelection",
+    "add_low_rank",
+    "available_isas",
+    "current_isa",
+    "delta_sums",
+    "dots",
+    "lerp",
+    "merge",
+    "select",
+    "use_isa",
+    "vote_balance",
+]
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _SPARSIFY = {"none": 0, "magnitude": 1, "bernoulli": 2, "band": 3}
@@ -74,7 +86,15 @@ def _wide(tensors: Sequence[Tensor | None]) -> bool:
     return compute_dtype([t for t in tensors if t is not None]) == torch.float64
 
 
-def _options(spec: MergeSpec, n: int, name: str, selection: Tensor | None, balance: int | None) -> dict:
+def _options(
+    spec: MergeSpec,
+    n: int,
+    name: str,
+    selection: Tensor | None,
+    balance: int | None,
+    factors: Sequence[float] | None = None,
+    first: int = 0,
+) -> dict:
     c = spec.convention
     majority = c.zero_vote == "majority"
     zero_vote = c.zero_vote
@@ -96,6 +116,8 @@ def _options(spec: MergeSpec, n: int, name: str, selection: Tensor | None, balan
         "densities": list(spec.densities),
         "counts": spec.counts(n)[0],
         "keep_below": [round(density * 2**32) for density in spec.densities],
+        "factors": [] if factors is None else list(factors),
+        "first": first,
         "selection": [] if selection is None else [tuple(row) for row in selection.tolist()],
     }
 
@@ -117,19 +139,47 @@ def merge(
     name: str = "",
     selection: Tensor | None = None,
     balance: int | None = None,
+    factors: Sequence[float] | None = None,
+    first: int = 0,
 ) -> bool:
-    """:func:`pymerge.reference.merge` into `out`; False when some delta is NaN or infinite."""
-    options = _options(spec, out.numel(), name, _band(base, models, spec, selection), balance)
+    """:func:`pymerge.reference.merge` into `out`; False when some delta is NaN or infinite. `first` is a multiple of 4096."""
+    options = _options(spec, out.numel(), name, _band(base, models, spec, selection), balance, factors, first)
     f64 = _wide([base, *models])
     return _core.merge(out.numel(), f64, _arg(base), [_arg(x) for x in models], _arg(out), options, torch.get_num_threads())
 
 
-def vote_balance(base: Tensor | None, models: Sequence[Tensor], spec: MergeSpec, *, name: str = "", selection: Tensor | None = None) -> int:
+def vote_balance(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    spec: MergeSpec,
+    *,
+    name: str = "",
+    selection: Tensor | None = None,
+    factors: Sequence[float] | None = None,
+    first: int = 0,
+) -> int:
     """See :func:`pymerge.reference.vote_balance`."""
     n = models[0].numel()
-    options = _options(spec, n, name, _band(base, models, spec, selection), None)
+    options = _options(spec, n, name, _band(base, models, spec, selection), None, factors, first)
     options["vote"] = _VOTE[spec.convention.vote]
     return _core.vote_balance(n, _wide([base, *models]), _arg(base), [_arg(x) for x in models], options, torch.get_num_threads())
+
+
+def delta_sums(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    spec: MergeSpec,
+    sums: Sequence[float],
+    *,
+    name: str = "",
+    selection: Tensor | None = None,
+    first: int = 0,
+) -> list[float]:
+    """See :func:`pymerge.reference.delta_sums`; `first` is a multiple of 4096."""
+    n = models[0].numel()
+    options = _options(spec, n, name, _band(base, models, spec, selection), None, None, first)
+    f64 = _wide([base, *models])
+    return _core.abs_sums(n, f64, _arg(base), [_arg(x) for x in models], options, list(sums), torch.get_num_threads())
 
 
 def select(bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], counts: Sequence[int], tie_break: str = "first") -> Tensor:
@@ -149,12 +199,54 @@ def lerp(a: Tensor, b: Tensor, alpha: float, out: Tensor) -> bool:
     return _core.lerp(a.numel(), _wide([a, b]), _arg(a), _arg(b), near_a, weight, _arg(out), torch.get_num_threads())
 
 
-def dots(a: Tensor, b: Tensor) -> Tensor:
+def dots(a: Tensor, b: Tensor, sums: Sequence[float] = (0.0, 0.0, 0.0)) -> Tensor:
     """See :func:`pymerge.reference.dots`."""
-    return torch.tensor(_core.dots(a.numel(), _wide([a, b]), _arg(a), _arg(b), torch.get_num_threads()), dtype=torch.float64)
+    return torch.tensor(_core.dots(a.numel(), _wide([a, b]), _arg(a), _arg(b), list(sums), torch.get_num_threads()), dtype=torch.float64)
 
 
 def add_low_rank(x: Tensor, first: int, left: Tensor, right: Tensor, scale: float) -> None:
     """See :func:`pymerge.checkpoint.lora.product.add_product`; x of fp32, bf16 or fp16, contiguous factors of fp32."""
     rank, columns = right.shape
     _core.add_low_rank(x.numel(), _arg(x), first, columns, rank, left.data_ptr(), right.data_ptr(), scale, torch.get_num_threads())
+
+
+class StreamedSelection:
+    """See :class:`pymerge.reference.StreamedSelection`; memory and passes are bounded here."""
+
+    def __init__(self, n: int, counts: Sequence[int], tie_break: str, f64: bool, limit: int) -> None:
+        self._core = _core.StreamedSelection(n, list(counts), tie_break == "all", f64, limit)
+        self._f64 = f64
+
+    @property
+    def searched(self) -> int:
+        return self._core.searched()
+
+    def sample_ranges(self) -> list[tuple[int, int]]:
+        return self._core.sample_ranges()
+
+    def sample(self, base: Tensor | None, models: Sequence[Tensor]) -> None:
+        self._core.sample(*self._part(base, models, 0))
+
+    def add(self, base: Tensor | None, models: Sequence[Tensor], first: int) -> None:
+        self._core.add(*self._part(base, models, first), torch.get_num_threads())
+
+    def guesses(self) -> Tensor:
+        return torch.tensor(self._core.guesses(torch.get_num_threads()), dtype=torch.int64).reshape(-1, 2)
+
+    def strayed(self) -> list[int]:
+        return self._core.strayed()
+
+    def end_pass(self) -> bool:
+        return self._core.end_pass(torch.get_num_threads())
+
+    def lookups(self) -> list[tuple[int, int]]:
+        return self._core.lookups()
+
+    def look(self, lookup: int, base: Tensor | None, models: Sequence[Tensor], first: int) -> None:
+        self._core.look(lookup, *self._part(base, models, first))
+
+    def rows(self) -> Tensor:
+        return torch.tensor(self._core.rows(), dtype=torch.int64).reshape(-1, 2)
+
+    def _part(self, base: Tensor | None, models: Sequence[Tensor], first: int) -> tuple:
+        return models[0].numel(), first, self._f64, _arg(base), [_arg(x) for x in models]

@@ -7,7 +7,9 @@ This module defines the arithmetic; the C++ and Triton backends return the same 
 * round once to nearest even at the store; subnormals are kept;
 * whole-tensor sums follow one fixed tree in fp64 that depends on element indices alone.
 
-Shapes do not matter here: every function sees flat, contiguous tensors. Checking the input is the caller's business (`ops`, `tree`).
+Shapes do not matter here: every function sees flat, contiguous tensors. They may be a slice of a larger tensor, of which they are the
+elements from `first` on: then what depends on all of it (the selection, the rescaling factors, the balance of the votes) has to be given.
+Checking the input is the caller's business (`ops`, `tree`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch import Tensor
 from .spec import MergeSpec, tensor_id
 
 __all__ = [
-    "abs_sums", "compute_dtype", "dots", "draws", "kept_by_magnitude", "lerp", "merge", "round_to", "select", "vote_balance",
+    "StreamedSelection", "abs_sums", "compute_dtype", "delta_sums", "dots", "draws", "kept_by_magnitude", "lerp", "merge", "round_to",
+    "select", "vote_balance",
 ]  # fmt: skip
 
 
@@ -81,24 +84,92 @@ def select(bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], c
     rows = []
     for model, k in zip(models, counts, strict=True):
         pieces = [_keys(_deltas(bases[j] if bases else None, [t], dtype)[0].reshape(-1)) for j, t in enumerate(model)]
-        keys = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
-        n = keys.numel()
-        if k <= 0 or n == 0:
-            rows.append(KEEP_NONE)
-        elif k >= n:
-            rows.append((0, n - 1))
-        else:
-            key = int(torch.sort(keys, descending=True).values[k - 1])
-            equal = torch.nonzero(keys == key).reshape(-1)
-            above = int((keys > key).sum())
-            rows.append((key, n - 1 if tie_break == "all" else int(equal[k - above - 1])))
+        rows.append(_select_keys(torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64), k, tie_break))
     return torch.tensor(rows, dtype=torch.int64).reshape(len(models), 2)
 
 
-def kept_by_magnitude(delta: Tensor, key: int, cut: int) -> Tensor:
-    """Which elements of a flat delta a row of :func:`select` keeps."""
+def _select_keys(keys: Tensor, k: int, tie_break: str) -> tuple[int, int]:
+    n = keys.numel()
+    if k <= 0 or n == 0:
+        return KEEP_NONE
+    if k >= n:
+        return 0, n - 1
+    key = int(torch.sort(keys, descending=True).values[k - 1])
+    equal = torch.nonzero(keys == key).reshape(-1)
+    above = int((keys > key).sum())
+    return key, n - 1 if tie_break == "all" else int(equal[k - above - 1])
+
+
+class StreamedSelection:
+    """:func:`select` for tensors that pass by in parts, in any order. Here the keys of all are kept; the C++ core keeps few.
+
+    :meth:`sample` is to be called with the elements of :meth:`sample_ranges`; then :meth:`add` with all elements, pass after pass, until
+    :meth:`end_pass` says that it was the last one; then :meth:`look` with the elements of each of :meth:`lookups`; then :meth:`rows`.
+
+    Args:
+        n: elements in all.
+        counts, tie_break: as in :func:`select`.
+        f64: compute in fp64.
+        limit: keys per model to keep in memory, at most.
+    """
+
+    def __init__(self, n: int, counts: Sequence[int], tie_break: str, f64: bool, limit: int) -> None:
+        self._counts, self._tie_break = counts, tie_break
+        self._dtype = torch.float64 if f64 else torch.float32
+        self._keys = torch.full((len(counts), n), -1, dtype=torch.int64)
+
+    @property
+    def searched(self) -> int:
+        """Models whose threshold is not known from the counts alone; without any, nothing has to be added."""
+        return sum(0 < k < self._keys.shape[1] for k in self._counts)
+
+    def sample_ranges(self) -> list[tuple[int, int]]:
+        """Flat indices [begin, end) of what :meth:`sample` wants to see before the first pass, ascending."""
+        return []
+
+    def sample(self, base: Tensor | None, models: Sequence[Tensor]) -> None:
+        """Elements of some of the ranges."""
+
+    def add(self, base: Tensor | None, models: Sequence[Tensor], first: int) -> None:
+        """The elements from flat index `first` on."""
+        for row, delta in zip(self._keys, _deltas(base, models, self._dtype), strict=True):
+            row[first : first + len(delta)] = _keys(delta)
+
+    def guesses(self) -> Tensor:
+        """Once the sample was given: what :meth:`rows` is likely to be, ties all kept. Here no more is known than that all may be kept."""
+        return torch.tensor([(0, self._keys.shape[1] - 1)] * len(self._counts), dtype=torch.int64).reshape(-1, 2)
+
+    def strayed(self) -> list[int]:
+        """In the end, per model: how many elements the guess and the result (with all ties) do not have in common, at most."""
+        return [self._keys.shape[1]] * len(self._counts)
+
+    def end_pass(self) -> bool:
+        """Whether the thresholds are known now; if not, everything has to be added again.
+
+        Raises:
+            ValueError: not all elements were added.
+        """
+        if self.searched and bool((self._keys < 0).any()):
+            raise ValueError(f"a selection over {self._keys.shape[1]} elements was not given all of them")
+        return True
+
+    def lookups(self) -> list[tuple[int, int]]:
+        """Flat indices [begin, end) of what has to be looked at again to find the cuts."""
+        return []
+
+    def look(self, lookup: int, base: Tensor | None, models: Sequence[Tensor], first: int) -> None:
+        """Elements from flat index `first` on that contain the range ``lookups()[lookup]``."""
+
+    def rows(self) -> Tensor:
+        """What :func:`select` returns."""
+        rows = [_select_keys(keys, k, self._tie_break) for keys, k in zip(self._keys, self._counts, strict=True)]
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
+
+
+def kept_by_magnitude(delta: Tensor, key: int, cut: int, first: int = 0) -> Tensor:
+    """Which elements of a flat delta, which begins at element `first`, a row of :func:`select` keeps."""
     keys = _keys(delta)
-    index = torch.arange(keys.numel(), device=keys.device)
+    index = first + torch.arange(keys.numel(), device=keys.device)
     return (keys > key) | ((keys == key) & (index <= cut))
 
 
@@ -142,11 +213,11 @@ def draws(begin: int, end: int, tensor: int, model: int, seed: int, device: torc
 SUM_BLOCK, SUM_LANES = 4096, 64
 
 
-def tree_sum(values: Tensor) -> float:
+def tree_sum(values: Tensor, total: float = 0.0) -> float:
     """Sum of fp64 `values` in the one order that every backend uses.
 
     Blocks of 4096; in a block, 64 lanes by index mod 64, each added in order from +0; the lanes folded in halves (lane j += lane j + 32,
-    then 16, ...); block sums added in order from +0.
+    then 16, ...); block sums added in order to `total`, the sum of whole blocks before these.
     """
     padded = torch.zeros(-(-values.numel() // SUM_BLOCK) * SUM_BLOCK, dtype=torch.float64, device=values.device)
     padded[: values.numel()] = values
@@ -157,43 +228,60 @@ def tree_sum(values: Tensor) -> float:
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
-    total = 0.0
     for block in lanes.reshape(-1).tolist():
         total += block
     return total
 
 
-def dots(a: Tensor, b: Tensor) -> Tensor:
-    """fp64 ``[3]``: a·a, b·b and a·b, each product in fp64, summed by :func:`tree_sum`."""
+def dots(a: Tensor, b: Tensor, sums: Sequence[float] = (0.0, 0.0, 0.0)) -> Tensor:
+    """fp64 ``[3]``: a·a, b·b and a·b, each product in fp64, summed by :func:`tree_sum`, on top of `sums` of the slices before."""
     x, y = a.reshape(-1).double(), b.reshape(-1).double()
-    return torch.tensor([tree_sum(x * x), tree_sum(y * y), tree_sum(x * y)], dtype=torch.float64)
+    return torch.tensor([tree_sum(p, s) for p, s in zip((x * x, y * y, x * y), sums, strict=True)], dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
 # The fused merge
 
 
-def _kept(deltas: Sequence[Tensor], spec: MergeSpec, name: str, selection: Tensor | None) -> list[Tensor]:
+def _kept(deltas: Sequence[Tensor], spec: MergeSpec, name: str, selection: Tensor | None, first: int) -> list[Tensor]:
     """Which elements of each delta survive sparsification."""
     n = deltas[0].numel()
     if spec.sparsify == "bernoulli":
         ident = tensor_id(name)
         bounds = [round(density * 2**32) for density in spec.densities]
-        return [draws(0, n, ident, i, spec.seed, deltas[0].device) < bound for i, bound in enumerate(bounds)]
+        return [draws(first, first + n, ident, i, spec.seed, deltas[0].device) < bound for i, bound in enumerate(bounds)]
     if spec.sparsify in ("magnitude", "band"):
         if selection is None:
             rows = [[d] for d in deltas]
             selection = torch.cat([select(None, rows, counts, spec.convention.tie_break) for counts in spec.counts(n)])
-        chosen = [kept_by_magnitude(deltas[i % len(deltas)], key, cut) for i, (key, cut) in enumerate(selection.tolist())]
+        chosen = [kept_by_magnitude(deltas[i % len(deltas)], key, cut, first) for i, (key, cut) in enumerate(selection.tolist())]
         kept, larger = chosen[: len(deltas)], chosen[len(deltas) :]
         return [inside & ~above for inside, above in zip(kept, larger, strict=True)] if larger else kept
     return [torch.ones_like(d, dtype=torch.bool) for d in deltas]
 
 
-def abs_sums(delta: Tensor, kept: Tensor) -> tuple[float, float]:
-    """L1 norms, by :func:`tree_sum`, of a delta and of its kept part."""
+def abs_sums(delta: Tensor, kept: Tensor, sums: Sequence[float] = (0.0, 0.0)) -> tuple[float, float]:
+    """L1 norms, by :func:`tree_sum`, of a delta and of its kept part, on top of `sums` of the slices before."""
     magnitude = delta.double().abs()
-    return tree_sum(magnitude), tree_sum(torch.where(kept, magnitude, torch.zeros_like(magnitude)))
+    return tree_sum(magnitude, sums[0]), tree_sum(torch.where(kept, magnitude, torch.zeros_like(magnitude)), sums[1])
+
+
+def delta_sums(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    spec: MergeSpec,
+    sums: Sequence[float],
+    *,
+    name: str = "",
+    selection: Tensor | None = None,
+    first: int = 0,
+) -> list[float]:
+    """:func:`abs_sums` of each model in turn, on top of `sums`, which has two numbers per model too. A slice ends with its tensor, or has
+    whole blocks of 4096."""
+    dtype = compute_dtype([*models, *([] if base is None else [base])])
+    deltas = _deltas(base, models, dtype)
+    kept = _kept(deltas, spec, name, selection, first)
+    return [s for i, (d, m) in enumerate(zip(deltas, kept, strict=True)) for s in abs_sums(d, m, sums[2 * i : 2 * i + 2])]
 
 
 def _rescale_factor(delta: Tensor, kept: Tensor, density: float, rescale: str) -> float:
@@ -205,15 +293,15 @@ def _rescale_factor(delta: Tensor, kept: Tensor, density: float, rescale: str) -
     return 1.0
 
 
-def _trimmed_and_weighted(base, models, spec: MergeSpec, name: str, selection: Tensor | None):
+def _trimmed_and_weighted(base, models, spec: MergeSpec, name: str, selection: Tensor | None, factors: Sequence[float] | None, first: int):
     """Per model: which elements are kept, the rescaled delta (zero where dropped), and that times the model's weight."""
     dtype = compute_dtype([*models, *([] if base is None else [base])])
     deltas = _deltas(base, models, dtype)
-    kept = _kept(deltas, spec, name, selection)
+    kept = _kept(deltas, spec, name, selection, first)
     rescale = "none" if spec.sparsify == "none" else spec.convention.rescale
     trimmed, weighted = [], []
     for i, (d, m) in enumerate(zip(deltas, kept, strict=True)):
-        factor = _rescale_factor(d, m, spec.densities[i], rescale)
+        factor = _rescale_factor(d, m, spec.densities[i], rescale) if factors is None else factors[i]
         t = torch.where(m, d * _scalar(factor, d), torch.zeros_like(d))
         trimmed.append(t)
         weighted.append(t * _scalar(spec.weights[i], d))
@@ -233,9 +321,18 @@ def _votes(trimmed, weighted, spec: MergeSpec) -> tuple[list[Tensor], Tensor]:
     return votes, total
 
 
-def vote_balance(base: Tensor | None, models: Sequence[Tensor], spec: MergeSpec, *, name: str = "", selection: Tensor | None = None) -> int:
+def vote_balance(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    spec: MergeSpec,
+    *,
+    name: str = "",
+    selection: Tensor | None = None,
+    factors: Sequence[float] | None = None,
+    first: int = 0,
+) -> int:
     """Sum over the elements of the sign of the vote: positive when most elections are won by the positive side."""
-    _, trimmed, weighted = _trimmed_and_weighted(base, models, spec, name, selection)
+    _, trimmed, weighted = _trimmed_and_weighted(base, models, spec, name, selection, factors, first)
     total = _votes(trimmed, weighted, spec)[1]
     return int((total > 0).sum()) - int((total < 0).sum())
 
@@ -256,6 +353,8 @@ def merge(
     name: str = "",
     selection: Tensor | None = None,
     balance: int | None = None,
+    factors: Sequence[float] | None = None,
+    first: int = 0,
     dtype: torch.dtype,
 ) -> Tensor:
     """The fused sparsify-elect-combine operation on one tensor.
@@ -268,9 +367,11 @@ def merge(
         selection: result of :func:`select` with cuts that count from this tensor's first element, when the ranks are not this tensor's;
             for a band the rows of the models' upper ends, which are left out, follow.
         balance: result of :func:`vote_balance` over the whole scope, when that is not this tensor.
+        factors: what each model's kept deltas are multiplied with, when that does not follow from these elements.
+        first: index in the tensor of the first element given here, when they are a slice of it.
         dtype: of the result.
     """
-    kept, trimmed, weighted = _trimmed_and_weighted(base, models, spec, name, selection)
+    kept, trimmed, weighted = _trimmed_and_weighted(base, models, spec, name, selection, factors, first)
     zero = torch.zeros_like(trimmed[0])
     weights = [_scalar(w, zero) for w in spec.weights]
     if spec.elect:

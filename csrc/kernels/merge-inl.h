@@ -178,7 +178,7 @@ typename L::Key MergeSpan(const MergeJob& job, Run<L>& run, bool direct, int64_t
     if constexpr (kSparsify == Sparsify::kBernoulli) {
       for (int m = 0; m < run.models; ++m) {
         for (int64_t w = 0; w * 64 < stop - i; ++w) {
-          keep.word[m][w] = KeepBits(job.seed, job.tensor_id, static_cast<uint32_t>(m), job.keep_below[m], i + w * 64);
+          keep.word[m][w] = KeepBits(job.seed, job.tensor_id, static_cast<uint32_t>(m), job.keep_below[m], job.in.first + i + w * 64);
         }
         keep.word[m][(stop - i + 63) / 64] = 0;
       }

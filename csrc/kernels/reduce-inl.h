@@ -79,7 +79,7 @@ inline void KeptPart(const MergeJob& job, int model, int64_t first, int64_t n, c
     }
   } else {
     for (int64_t w = 0; w < n; w += 64) {
-      const uint64_t bits = KeepBits(job.seed, job.tensor_id, static_cast<uint32_t>(model), job.keep_below[model], first + w);
+      const uint64_t bits = KeepBits(job.seed, job.tensor_id, static_cast<uint32_t>(model), job.keep_below[model], job.in.first + first + w);
       for (int i = 0; i < 64; i += L::kLanes) L::Store(part + w + i, L::Where(L::FromBits(bits >> i), L::Load(magnitude + w + i)));
     }
   }

@@ -29,7 +29,7 @@ SETTINGS = {
     "base_steps": 200, "sft_steps": 300, "lr": 2e-3, "dpo_steps": 40, "dpo_lr": 2e-4, "dpo_beta": 0.1, "rl_steps": 60, "rl_lr": 5e-4,
     "kl_beta": 0.2, "replay_weight": 1.0, "batch": 32, "items": 200,
 }  # fmt: skip
-QUICK = {**SETTINGS, "base_steps": 10, "sft_steps": 150, "dpo_steps": 4, "rl_steps": 4, "items": 60}
+QUICK = {**SETTINGS, "base_steps": 5, "sft_steps": 100, "dpo_steps": 4, "rl_steps": 2, "items": 40}
 PROMPT, LIMIT, END = 4, 24, ord("\n")
 RL = {"RL": {}, "RL + KL": {"kl": True}, "RL + replay": {"replay": True}, "RL + KL + replay": {"kl": True, "replay": True}}
 
@@ -181,6 +181,7 @@ def main() -> None:
         axes.plot(["base", "SFT", "DPO"], [fmt[x][seed] for x in ("base", "SFT", "DPO")], "o-", color="0.6", markersize=4)
     for i, arm in enumerate(RL):
         axes.scatter([arm] * count, fmt[arm], color=f"C{i}")
+    axes.set_xticks(range(3 + len(RL)), [label.replace(" + ", "\n+ ") for label in ("base", "SFT", "DPO", *RL)])
     axes.set(ylabel="answers in the right format", ylim=(-0.05, 1.05), title="each point a seed")
     experiment.finish(runs, expectations, figure, settings=settings, notes=notes, gate=verdicts)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -12,23 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .. import ops
-from ..finite import NonFiniteError
 from ..recipe.schema import Recipe
-from . import dtypes
 from .adapter_recipe import is_adapter_recipe, merge_adapter_recipe
 from .extras import CardInput, config_with_dtype, files_to_copy, model_card, read_small
 from .format import CheckpointError, InputChangedError
 from .inputs import Hashes, InputFiles
 from .many import plan_merges
+from .merger import MergeError, TensorMerger
 from .meter import Meter
-from .pipeline import MergeJob, Starts, run
-from .plan import Plan, TensorPlan
+from .pipeline import run
+from .plan import Plan
 from .provenance import FILE_NAME, provenance
 from .resume import describe
-from .settings import is_built_in
 from .sizes import parse_bytes
 from .target import is_file_target
 from .writer import CheckpointWriter
@@ -37,13 +33,6 @@ __all__ = ["MergeError", "MergeReport", "merge", "run_plan"]
 
 TITLE = "Merged model"
 """Of the model card: not the output's name, because the same merge writes the same files wherever it writes them."""
-
-NARROW = ("F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-"""Types whose largest number is small enough for sums of weights to overflow."""
-
-
-class MergeError(RuntimeError):
-    """A merge failed after it had begun. Nothing was left at the output's name."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,7 @@ class MergeReport:
         files: everything in it, in the order written.
         tensors: how many were written.
         resumed: how many of them an earlier run had done already.
-        bytes_read, bytes_written: of tensors, by this run.
+        bytes_read, bytes_written: of tensors, by this run; what is read in two passes counts twice.
         seconds: from the start of reading to the final rename.
         warnings: what looked like a mistake in the recipe.
     """
@@ -84,16 +73,14 @@ def merge(
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
     seed: int | None = None,
+    memory: int | str | None = None,
     download: bool = False,
 ) -> MergeReport:
     """Merge checkpoints on disk as a recipe says, tensor by tensor.
 
-    Memory stays near the largest tensor of each model, counted once, plus at most 200 MB on the way, whatever the size of the models.
-    When all models are LoRA adapters, the result is an adapter, see :func:`pymerge.merge_adapters`.
-
-    The result appears at `out` complete or not at all. The same recipe and models give the same files, byte for byte, for any number of
-    threads, at any place, resumed or not. A file with several recipes is merged into folders of their names in `out`; what is there already
-    is not merged again.
+    Memory stays within a budget, whatever the size of the models and of their tensors. The result appears at `out` complete or not at all.
+    The same recipe and models give the same files, byte for byte, for any number of threads and any budget, at any place, resumed or not.
+    A file with several recipes is merged into folders of their names in `out`; what is there already is not merged again.
 
     What ended a merge decides what becomes of the work: after an interrupt, a full disk or a read error the tensors that are done stay in
     ``OUT.partial`` (the exception has a note that says so) for `resume`; after an error that would come again, or when an input has
@@ -113,6 +100,9 @@ def merge(
         progress: called as ``progress(bytes_done, bytes_total)`` while merging.
         threads: that compute (by default torch's number) and that read files (by default one per CPU, at most 4).
         seed: overrides the recipe's, for methods that drop at random.
+        memory: budget in bytes, or "2GB", for tensors on their way and what methods gather about them; at least 64 MiB, by default 4 GB or
+            a quarter of the machine's memory, whichever is less. Python and torch take about 300 MB besides. Tensors that do not fit are
+            merged in slices; a method that knows none (one of your own, say) gets them whole all the same, with a warning.
         download: fetch models that the recipe names by hub id and that are not in the Hugging Face cache.
 
     Returns:
@@ -130,6 +120,7 @@ def merge(
     """
     if is_adapter_recipe(recipe):
         return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force)
+    budget = None if memory is None else parse_bytes(memory)
     options = {"shard_size": parse_bytes(shard_size), "dtype": _text(dtype), "out_dtype": _text(out_dtype), "seed": seed}
     report = None
     for place, plan in plan_merges(recipe, out, force=force, resume=resume, download=download, **options):
@@ -138,8 +129,9 @@ def merge(
             continue
         with plan:
             report = run_plan(
-                plan, place, force=force, resume=resume, verify=verify, check_finite=check_finite, progress=progress, threads=threads
-            )
+                plan, place, force=force, resume=resume, verify=verify, check_finite=check_finite, progress=progress, threads=threads,
+                memory=budget,
+            )  # fmt: skip
     return report
 
 
@@ -157,6 +149,7 @@ def run_plan(
     check_finite: bool = True,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
+    memory: int | None = None,
     meter: Meter | None = None,
 ) -> MergeReport:
     """Carry out a plan made for `out`; arguments and errors as :func:`merge` has them. `meter` is told what each stage does."""
@@ -164,6 +157,7 @@ def run_plan(
         raise ValueError(f"threads is {threads}; at least one has to read")
     try:
         ops.require_backend(torch.device("cpu"))
+        plan.schedule(memory)  # what is wrong with the budget is said before anything is written
     except (ImportError, ValueError) as error:
         raise MergeError(str(error)) from error
     began = time.perf_counter()
@@ -174,10 +168,11 @@ def run_plan(
     with CheckpointWriter(out, plan.layout, force=force, resume=resume, description=describe(plan, inputs, extras)) as writer:
         resumed = len(writer.done)
         left = dataclasses.replace(plan, tensors=tuple(t for t in plan.tensors if t.output.name not in writer.done))
+        schedule = plan.schedule(memory, done=writer.done)
         if not writer.committed:
             try:
                 with _compute_threads(threads):
-                    digests = _fill(writer, plan, left, inputs, verify, check_finite, progress, threads, meter or Meter())
+                    digests = _fill(writer, plan, left, schedule, inputs, verify, check_finite, progress, threads, meter or Meter())
                 inputs.check()
                 if not single:
                     extras[FILE_NAME] = provenance(plan, digests)
@@ -196,14 +191,15 @@ def run_plan(
         names.append("model.safetensors.index.json")
     files = (out,) if single else tuple(out / name for name in [*names, *extras])
     written = sum(tensor.output.nbytes for tensor in left.tensors)
-    warnings = (*plan.warnings, *writer.warnings)
-    return MergeReport(out, files, len(plan.tensors), left.bytes_read, written, time.perf_counter() - began, warnings, resumed)
+    warnings = (*plan.warnings, *schedule.warnings, *writer.warnings)
+    return MergeReport(out, files, len(plan.tensors), schedule.bytes_read, written, time.perf_counter() - began, warnings, resumed)
 
 
-def _fill(writer, plan, left, inputs, verify, check_finite, progress, threads, meter) -> dict[Path, str]:
-    """Merge the tensors that are `left` of a plan; the SHA-256 of the inputs, if they are wanted."""
-    total = plan.bytes_read + plan.bytes_written
-    done = meter.before = total - left.bytes_read - sum(tensor.output.nbytes for tensor in left.tensors)
+def _fill(writer, plan, left, schedule, inputs, verify, check_finite, progress, threads, meter) -> dict[Path, str]:
+    """Merge the tensors that are `left` of a plan, as `schedule` has it; the SHA-256 of the inputs, if they are wanted."""
+    to_write = sum(tensor.output.nbytes for tensor in left.tensors)
+    done = meter.before = plan.bytes_read + plan.bytes_written - left.bytes_read - to_write
+    total = done + schedule.bytes_read + to_write
 
     def advance(count: int) -> None:
         nonlocal done
@@ -214,13 +210,8 @@ def _fill(writer, plan, left, inputs, verify, check_finite, progress, threads, m
     known = {file: digest for record in writer.records for file, digest in record.get("sha256", {}).items()}
     files = inputs.identities if verify else ()
     with Hashes(files, known, lambda file, digest: writer.record(sha256={file: digest})) as hashes:
-        run(left, writer, merger_for(plan, check_finite), threads or min(4, os.cpu_count() or 1), advance, meter)
+        run(schedule, plan.checkpoints, writer, TensorMerger(plan, check_finite), threads or min(4, os.cpu_count() or 1), advance, meter)
         return hashes.result()
-
-
-def merger_for(plan: Plan, check_finite: bool) -> MergeJob:
-    """What merges the plan's tensors in the pipeline."""
-    return _TensorMerger(plan, check_finite).merge
 
 
 def _worth_resuming(error: BaseException, inputs: InputFiles) -> bool:
@@ -282,86 +273,3 @@ def _main_dtype(plan: Plan) -> str:
         if not tensor.copied:
             sizes[tensor.output.dtype] = sizes.get(tensor.output.dtype, 0) + tensor.output.nbytes
     return max(sizes, key=lambda code: (sizes[code], code)) if sizes else "F32"
-
-
-class _TensorMerger:
-    """Merges one tensor after another in the pipeline's memory."""
-
-    def __init__(self, plan: Plan, check_finite: bool) -> None:
-        self._plan = plan
-        self._check_finite = check_finite
-        # Our own methods compute in fp32 whatever the storage, so widening to fp32 first would only take memory. Others may not.
-        self._widens = is_built_in(plan.method)
-
-    def merge(self, tensor: TensorPlan, source: memoryview, starts: Starts, target: memoryview, position: int) -> None:
-        """See :func:`pymerge.checkpoint.pipeline.run`."""
-        output = tensor.output
-        out = _bytes(target, position, output.nbytes)
-        pieces = [_bytes(source, starts[index, info.name], info.nbytes) for index, info in tensor.inputs]
-        if tensor.copied:
-            self._copy(tensor, pieces, out)
-            return
-        inputs = [
-            piece.view(dtypes.torch_dtype(info.dtype)).view(info.shape) for piece, (_, info) in zip(pieces, tensor.inputs, strict=True)
-        ]
-        result = out.view(dtypes.torch_dtype(output.dtype)).view(output.shape)
-        inputs = [self._cast(x) for x in inputs]
-        base, models = (inputs[0], inputs[1:]) if tensor.has_base else (None, inputs)
-        with self._explained(tensor):
-            got = self._plan.method.tensor(
-                base, models, name=output.name, dtype=result.dtype, out=result, check_finite=self._check_finite, **tensor.parameters
-            )
-            if got is not result:
-                if got.shape != result.shape:
-                    raise ValueError(f"returned shape {list(got.shape)} for tensors of shape {list(result.shape)}")
-                result.copy_(got)
-        if self._check_finite and output.dtype in NARROW and not torch.isfinite(result.float()).all():
-            raise MergeError(
-                f"{output.name!r}: the merged values overflow {dtypes.name_of(output.dtype)}; choose another out_dtype, such as bfloat16"
-            )
-
-    def _cast(self, x: Tensor) -> Tensor:
-        code = self._plan.recipe.dtype
-        if code is None or (self._widens and code == "F32" and x.dtype in (torch.bfloat16, torch.float16)):
-            return x
-        return x.to(dtypes.torch_dtype(code))
-
-    def _copy(self, tensor: TensorPlan, pieces: list[Tensor], out: Tensor) -> None:
-        for i, piece in enumerate(pieces[1:], 1):
-            if not torch.equal(pieces[0], piece):
-                first, other = (self._plan.names[tensor.inputs[k][0]] for k in (0, i))
-                raise MergeError(
-                    f"{tensor.output.name!r} is of dtype {tensor.output.dtype}, which cannot be merged, "
-                    f"and differs between {first} and {other}; merge models that agree in it"
-                )
-        out.copy_(pieces[0])
-
-    @contextmanager
-    def _explained(self, tensor: TensorPlan):
-        try:
-            yield
-        except NonFiniteError as error:
-            raise NonFiniteError(self._with_model_name(str(error), tensor)) from None
-        except (MemoryError, torch.OutOfMemoryError):
-            raise MergeError(
-                f"{tensor.output.name!r}: there is not enough memory to merge it; `pymerge plan` shows how much the merge takes"
-            ) from None
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise MergeError(f"{tensor.output.name!r}: {self._plan.method.name!r} failed: {error}") from error
-
-    def _with_model_name(self, message: str, tensor: TensorPlan) -> str:
-        """Methods say "base" and "model 1"; people know their models by path."""
-        match = re.match(r"(?:(base)|model (\d+)): ", message)
-        if not match:
-            return message
-        which = 0 if match.group(1) else int(match.group(2)) + tensor.has_base
-        index, info = tensor.inputs[which]
-        code = self._plan.recipe.dtype
-        cast = f" (after the recipe's dtype turned it from {info.dtype} into {code})" if code not in (None, info.dtype) else ""
-        return f"{self._plan.checkpoints[index].path}: {message[match.end() :]}{cast}"
-
-
-def _bytes(memory: memoryview, start: int, nbytes: int) -> Tensor:
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
-from .memory import Job, input_pieces, make_jobs
+from .memory import Job, Piece, Schedule, input_pieces, size_of
 from .meter import Meter
-from .plan import Plan, TensorPlan
 from .ring import Ring, Stopped, aligned
+from .store import TensorStore
 from .writer import CheckpointWriter
 
-__all__ = ["MergeJob", "Starts", "run"]
+__all__ = ["PieceMerger", "Starts", "run"]
 
 CHUNK = 16 * 2**20
 """Bytes per read: reads of one tensor are spread over the threads, and a stop is noticed between two of them."""
@@ -21,7 +22,20 @@ CHUNK = 16 * 2**20
 Starts = dict[tuple[int, str], int]
 """(Checkpoint index, tensor's name there) -> where its bytes begin in the input ring."""
 
-MergeJob = Callable[[TensorPlan, memoryview, Starts, memoryview, int], None]
+
+class PieceMerger(Protocol):
+    """The step between reading and writing. It runs in one thread, piece after piece in the schedule's order."""
+
+    def merge(self, piece: Piece, source: memoryview, starts: Starts, target: memoryview, position: int) -> None:
+        """Merge a piece, or gather from it what its pass is for.
+
+        Args:
+            piece: whose inputs have been read.
+            source: the input ring's memory.
+            starts: where the inputs begin there.
+            target: the output ring's memory.
+            position: where the output is to go there.
+        """
 
 
 class _Workers:
@@ -63,20 +77,21 @@ class _Workers:
 
 
 def run(
-    plan: Plan,
+    schedule: Schedule,
+    stores: Sequence[TensorStore],
     writer: CheckpointWriter,
-    merge: MergeJob,
+    merger: PieceMerger,
     threads: int,
     progress: Callable[[int], None] | None,
     meter: Meter | None = None,
 ) -> None:
-    """Carry out a plan.
+    """Carry out a schedule.
 
     Args:
-        plan: what to do.
+        schedule: what to do.
+        stores: that the pieces' inputs index.
         writer: entered already.
-        merge: merges one tensor: called in this thread with its plan, the input ring's memory, where its inputs begin there, the output
-            ring's memory and where its output is to go.
+        merger: called in this thread.
         threads: that read.
         progress: called in this thread with the bytes (read and written) of each job that was merged.
         meter: told what each stage does.
@@ -85,23 +100,24 @@ def run(
         whatever reading, merging or writing raised first. All threads have ended when this returns or raises.
     """
     meter = meter or Meter()
-    jobs = make_jobs(plan.tensors)
-    inputs, outputs = Ring(plan.buffers.inputs), Ring(plan.buffers.outputs)
+    inputs, outputs = Ring(schedule.buffers.inputs), Ring(schedule.buffers.outputs)
     workers = _Workers((inputs, outputs))
     try:
-        workers.start("reader", lambda: _read(plan, jobs, inputs, workers, threads, meter))
+        workers.start("reader", lambda: _read(stores, schedule.jobs, inputs, workers, threads, meter))
         workers.start("writer", lambda: _write(writer, outputs, workers, meter))
-        for job in jobs:
+        for job in schedule.jobs:
             starts = workers.read.get()
             if starts is None:
                 raise Stopped
             position = outputs.take(job.bytes_out)
             written = []
             with meter.at_work("merging", job.bytes_in + job.bytes_out):
-                for tensor in job.tensors:
-                    merge(tensor, inputs.view, starts[tensor.output.name], outputs.view, position)
-                    written.append((tensor.output.name, position, tensor.output.nbytes))
-                    position += aligned(tensor.output.nbytes)
+                for piece, own in zip(job.pieces, starts, strict=True):
+                    merger.merge(piece, inputs.view, own, outputs.view, position)
+                    if piece.merged:
+                        output = piece.tensor.output
+                        written.append((output.name, position, piece.bytes_out, size_of(output.dtype, piece.first)))
+                    position += aligned(piece.bytes_out)
             inputs.release()
             workers.merged.put(written)
             if progress is not None:
@@ -117,22 +133,20 @@ def run(
         raise workers.error
 
 
-def _read(plan: Plan, jobs: list[Job], ring: Ring, workers: _Workers, threads: int, meter: Meter) -> None:
+def _read(stores: Sequence[TensorStore], jobs: Sequence[Job], ring: Ring, workers: _Workers, threads: int, meter: Meter) -> None:
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="pymerge-read") as pool:
         for job in jobs:
             position = ring.take(job.bytes_in)
-            starts: dict[str, Starts] = {}
+            starts: list[Starts] = []
             reads = []
-            for tensor in job.tensors:
-                infos = {(index, info.name): info for index, info in tensor.inputs}
-                own = starts[tensor.output.name] = {}
-                for key, size in input_pieces(tensor).items():
-                    own[key] = position
-                    checkpoint, info = plan.checkpoints[key[0]], infos[key]
-                    for begin in range(0, info.nbytes, CHUNK):
-                        end = min(begin + CHUNK, info.nbytes)
-                        reads.append((checkpoint, info, ring.view[position + begin : position + end], begin))
-                    position += size
+            for piece in job.pieces:
+                starts.append({})
+                for key, (info, first, size) in input_pieces(piece).items():
+                    starts[-1][key] = position
+                    for begin in range(0, size, CHUNK):
+                        end = min(begin + CHUNK, size)
+                        reads.append((stores[key[0]], info, ring.view[position + begin : position + end], first + begin))
+                    position += aligned(size)
 
             # A share of the reads for each thread, and not a task for each read: tensors may be tiny and many.
             with meter.at_work("reading", sum(len(target) for _, _, target, _ in reads)):
@@ -142,10 +156,10 @@ def _read(plan: Plan, jobs: list[Job], ring: Ring, workers: _Workers, threads: i
 
 
 def _read_all(reads: list, workers: _Workers) -> None:
-    for checkpoint, info, target, begin in reads:
+    for store, info, target, begin in reads:
         if workers.stopping.is_set():
             raise Stopped
-        checkpoint.read_into(info, target, begin)
+        store.read_into(info, target, begin)
 
 
 def _write(writer: CheckpointWriter, ring: Ring, workers: _Workers, meter: Meter) -> None:
@@ -153,7 +167,7 @@ def _write(writer: CheckpointWriter, ring: Ring, workers: _Workers, meter: Meter
         written = workers.merged.get()
         if written is None or workers.stopping.is_set():
             return
-        with meter.at_work("writing", sum(nbytes for _, _, nbytes in written)):
-            for name, start, nbytes in written:
-                writer.write(name, ring.view[start : start + nbytes])
+        with meter.at_work("writing", sum(nbytes for _, _, nbytes, _ in written)):
+            for name, position, nbytes, start in written:
+                writer.write(name, ring.view[position : position + nbytes], start)
         ring.release()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .changes import Changes, choose_chat_template, layer_changes
 from .compare import Matched, match_tensors
 from .format import TensorInfo
 from .layout import Layout, OutputTensor, make_layout
-from .memory import Buffers, buffers_for
+from .memory import Schedule, make_schedule
 from .parts import Input, Part, make_parts
 from .settings import resolve_parameters
 from .sources import Sources, open_sources
@@ -67,7 +67,6 @@ class Plan:
         donor: the folder whose config and tokenizer are copied.
         changes: to these files.
         alignment: of the models' vocabularies, which replaces some of these files.
-        buffers: memory for tensors on their way.
         warnings: what looks like a mistake.
     """
 
@@ -81,8 +80,11 @@ class Plan:
     donor: Path | None
     changes: Changes
     alignment: Alignment | None
-    buffers: Buffers
     warnings: tuple[str, ...]
+
+    def schedule(self, memory: int | None = None, *, done: Container[str] = ()) -> Schedule:
+        """The work, cut up to fit a memory budget; see :func:`pymerge.checkpoint.memory.make_schedule`."""
+        return make_schedule(self.tensors, self.method, self.recipe.dtype, memory, done)
 
     @property
     def bytes_read(self) -> int:
@@ -233,7 +235,6 @@ def _complete(
         donor=None if single else sources.donor_folder,
         changes=changes,
         alignment=alignment,
-        buffers=buffers_for(tensors),
         warnings=tuple(problems.warnings),
     )
 

@@ -27,6 +27,6 @@ def sign_of_quantisation(store: TensorStore, config: Mapping[str, Any] | None) -
         weight = store.tensors.get(f"{module}.weight")
         if last in SCALES and weight is not None and weight.dtype.startswith("F8"):
             return f"{weight.name!r} is scaled fp8, by {name!r}"
-        if info.dtype.startswith(("F4", "F6", "F8_E8M0")):
+        if info.dtype.startswith(("F4", "F6_", "F8_E8M0")):
             return f"{name!r} is of dtype {info.dtype}"
     return None

@@ -58,11 +58,30 @@ def resolve_parameters(
     parameters.report_missing()
     if complete:
         parameters.warn_unused_filters(seen)
+        _require_one_ranking(method, resolved, problems)
         if (before or not problems) and is_built_in(method):
             for part, values in zip(parts, resolved, strict=True):
                 if _can_be_called(method, part) and not _has_none(method, values):
                     _try_out(method, part, values, problems)
     return resolved
+
+
+def _require_one_ranking(method: Method, resolved: Sequence[dict[str, dict[str, Any]]], problems: Problems) -> None:
+    """Tensors that are ranked together have to agree on how."""
+    if method.whole_model is None or problems:
+        return
+    try:
+        keys = {name: method.whole_model(**values) for part in resolved for name, values in part.items()}
+    except (ValueError, TypeError):  # is said when the values are tried out
+        return
+    together = {name: key for name, key in keys.items() if key is not None}
+    first = next(iter(together), None)
+    other = next((name for name in together if together[name] != together[first]), None)
+    if other is not None:
+        problems.add(
+            ("parameters",),
+            f"ranks over the whole model need the same densities and convention for all tensors; those of {first!r} and {other!r} differ",
+        )
 
 
 def _can_be_called(method: Method, part: Part) -> bool:

@@ -16,7 +16,7 @@ from .. import ops
 from ..recipe.source import Source, parse_text
 from .format import CheckpointError, TensorInfo
 from .inputs import sha256_of
-from .merge import merger_for
+from .merger import TensorMerger
 from .pipeline import run
 from .plan import Plan, make_plan
 from .provenance import Provenance, read_provenance
@@ -98,7 +98,8 @@ def verify(
             names = {tensor.output.name for tensor in chosen}
             part = dataclasses.replace(plan, tensors=tuple(t for t in plan.tensors if t.output.name in names))
             comparer = _Comparer(output)
-            total, done = part.bytes_read + sum(t.output.nbytes for t in part.tensors), 0
+            schedule = plan.schedule(done={t.output.name for t in plan.tensors} - names)
+            total, done = schedule.bytes_read + sum(t.output.nbytes for t in part.tensors), 0
 
             def advance(count: int) -> None:
                 nonlocal done
@@ -106,7 +107,7 @@ def verify(
                 if progress is not None:
                     progress(done, total)
 
-            run(part, comparer, merger_for(plan, check_finite), threads or min(4, os.cpu_count() or 1), advance)
+            run(schedule, plan.checkpoints, comparer, TensorMerger(plan, check_finite), threads or min(4, os.cpu_count() or 1), advance)
             differences.update(comparer.differences)
             ordered = [t.output.name for t in plan.tensors if t.output.name in differences]
             ordered += [name for name in differences if name not in set(ordered)]

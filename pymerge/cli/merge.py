@@ -8,7 +8,7 @@ import click
 
 from ..checkpoint.meter import STAGES, Meter
 from ..checkpoint.sizes import format_bytes
-from .options import as_json, merge_options
+from .options import Size, as_json, merge_options
 from .text import count, print_json
 
 __all__ = ["command"]
@@ -21,11 +21,14 @@ __all__ = ["command"]
 @click.option("--resume", is_flag=True, help="Continue where an interrupted merge into OUT ended, if there was one.")
 @click.option("--verify", is_flag=True, help="Record the inputs' SHA-256; reads them once more.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads that read and compute; by default one per CPU.")
+@click.option(
+    "--memory", type=Size(), metavar="SIZE", help="Budget for tensors on their way: 2GB; by default 4GB or a quarter of the memory."
+)
 @click.option("--no-check-finite", is_flag=True, help="Let NaN and infinities in inputs through.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what reading, merging and writing took.")
 @as_json
-def command(recipe, out, force, resume, verify, threads, no_check_finite, quiet, verbose, as_json, **options) -> None:
+def command(recipe, out, force, resume, verify, threads, memory, no_check_finite, quiet, verbose, as_json, **options) -> None:
     """Merge checkpoints as RECIPE says and write the result to OUT.
 
     RECIPE is a YAML or JSON file in mergekit's format. OUT is a folder to make (shards, index, config, tokenizer, README.md) or a file
@@ -34,8 +37,8 @@ def command(recipe, out, force, resume, verify, threads, no_check_finite, quiet,
     When all models are LoRA adapters, they are merged into a new adapter (see `pymerge lora merge`).
 
     Models are .safetensors files, or folders with model.safetensors or shards and an index. Relative paths are looked up in the recipe's
-    folder first, then in the current one. Everything is checked before anything is read; memory stays near the largest tensor of each
-    model; OUT appears when it is complete. Until then the work is in OUT.partial, where --resume finds it after an interrupt or a crash.
+    folder first, then in the current one. Everything is checked before anything is read; memory stays within a budget; OUT appears
+    when it is complete. Until then the work is in OUT.partial, where --resume finds it after an interrupt or a crash.
     A file with several recipes is merged into folders of their names in OUT.
     """
     from ..checkpoint.adapter_recipe import is_adapter_recipe
@@ -59,10 +62,14 @@ def command(recipe, out, force, resume, verify, threads, no_check_finite, quiet,
             with plan:
                 for warning in plan.warnings if told else ():
                     click.echo(f"warning: {warning}", err=True)
-                with shown("merging", Progress(plan.bytes_read + plan.bytes_written, meter), quiet):
+                try:
+                    to_read = plan.schedule(memory).bytes_read
+                except ValueError as error:
+                    raise click.UsageError(str(error)) from None
+                with shown("merging", Progress(to_read + plan.bytes_written, meter), quiet):
                     report = run_plan(
                         plan, place, force=force, resume=resume, verify=verify, check_finite=not no_check_finite, threads=threads,
-                        meter=meter,
+                        memory=memory, meter=meter,
                     )  # fmt: skip
             for warning in report.warnings[len(plan.warnings) :] if told else ():
                 click.echo(f"warning: {warning}", err=True)

@@ -9,7 +9,7 @@ import click
 from ..checkpoint.dtypes import CHOICES
 from ..checkpoint.sizes import parse_bytes
 
-__all__ = ["DTYPES", "as_json", "merge_options"]
+__all__ = ["DTYPES", "Size", "as_json", "merge_options"]
 
 DTYPES = CHOICES
 

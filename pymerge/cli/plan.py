@@ -48,9 +48,9 @@ def _as_dict(plan, tensors: bool) -> dict:
         ],
         "tensors": len(plan.tensors),
         "copied_tensors": sum(t.copied for t in plan.tensors),
-        "bytes_read": plan.bytes_read,
+        "bytes_read": plan.schedule().bytes_read,
         "bytes_written": plan.bytes_written,
-        "memory_bytes": plan.buffers.total + WORKSPACE,
+        "memory_bytes": plan.schedule().buffers.total + WORKSPACE,
         "files": [{"name": shard.file_name, "bytes": shard.size} for shard in plan.layout.shards],
         "config_from": str(plan.donor) if plan.donor else None,
         "warnings": list(plan.warnings),
@@ -86,12 +86,12 @@ def _print(plan, tensors: bool) -> None:
     click.echo(
         f"merge    {count(len(plan.tensors) - copied, 'tensor')}" + (f", copy {copied} that are not floating point" if copied else "")
     )
-    click.echo(f"read     {format_bytes(plan.bytes_read)}")
+    click.echo(f"read     {format_bytes(plan.schedule().bytes_read)}")
     shards = plan.layout.shards
     files = shards[0].file_name if len(shards) == 1 else f"{len(shards)} files of at most {format_bytes(max(s.size for s in shards))}"
     dtypes = ", ".join(sorted({t.output.dtype for t in plan.tensors}))
     click.echo(f"write    {format_bytes(plan.bytes_written)} of {dtypes} in {files}")
-    buffers = plan.buffers.total
+    buffers = plan.schedule().buffers.total
     click.echo(f"memory   about {format_bytes(buffers + WORKSPACE)}, of which {format_bytes(buffers)} for tensors on their way")
     if plan.donor:
         click.echo(f"copy     config and tokenizer of {plan.donor}")

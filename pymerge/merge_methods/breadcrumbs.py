@@ -16,6 +16,7 @@ from ..tree import Paired
 from .fused import merge_models, recipe_convention
 from .recipe_parameters import CONVENTION, DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
 from .registry import Parameter, register_method
+from .sliced import fused_slices
 
 __all__ = ["breadcrumbs", "breadcrumbs_ties"]
 
@@ -91,20 +92,19 @@ _GAMMA = Parameter("gamma", recipe="gamma", kind=float, default=0.01, per_model=
 
 
 def _register(method: str, elect: bool, summary: str) -> None:
+    def recipe_spec(*, weights, density, gamma, normalize, rescale, int8_mask, scale, convention) -> MergeSpec:
+        return MergeSpec(weights, density, "band", elect, recipe_convention(convention, method, normalize, rescale), scale, gammas=gamma)
+
     @register_method(
         method,
         base="required",
         summary=summary,
         source="Davari and Belilovsky 2023, arXiv:2312.06795",
         parameters=(WEIGHT, DENSITY, _GAMMA, NORMALIZE, RESCALE, INT8_MASK, LAMBDA, CONVENTION),
+        sliced=fused_slices(recipe_spec),
     )
-    def tensor(
-        base: Tensor, models: list[Tensor], *, weights, density, gamma, normalize, rescale, int8_mask, scale, convention, name, dtype, out,
-        check_finite,
-    ) -> Tensor:  # fmt: skip
-        details = recipe_convention(convention, method, normalize, rescale)
-        spec = MergeSpec(weights, density, "band", elect, details, scale, gammas=gamma)
-        return ops.merge(base, models, spec, name=name, dtype=dtype, out=out, check_finite=check_finite)
+    def tensor(base: Tensor, models: list[Tensor], *, name, dtype, out, check_finite, **parameters) -> Tensor:
+        return ops.merge(base, models, recipe_spec(**parameters), name=name, dtype=dtype, out=out, check_finite=check_finite)
 
 
 _register("breadcrumbs", False, "drop the largest and the smallest deltas, add the rest")

@@ -16,6 +16,7 @@ from ..tree import Paired
 from .fused import merge_models, recipe_convention
 from .recipe_parameters import CONVENTION, DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, SEED, WEIGHT
 from .registry import register_method
+from .sliced import fused_slices
 
 __all__ = ["dare_linear", "dare_ties"]
 
@@ -85,20 +86,19 @@ def _dare(method, elect, base, models, weights, density, scale, seed, convention
 
 
 def _register(method: str, elect: bool, summary: str) -> None:
+    def recipe_spec(*, weights, density, normalize, rescale, int8_mask, scale, seed, convention) -> MergeSpec:
+        return MergeSpec(weights, density, "bernoulli", elect, recipe_convention(convention, method, normalize, rescale), scale, seed)
+
     @register_method(
         method,
         base="required",
         summary=summary,
         source="Yu et al. 2024, arXiv:2311.03099",
         parameters=(WEIGHT, DENSITY, NORMALIZE, RESCALE, INT8_MASK, LAMBDA, SEED, CONVENTION),
+        sliced=fused_slices(recipe_spec),
     )
-    def tensor(
-        base: Tensor, models: list[Tensor], *, weights, density, normalize, rescale, int8_mask, scale, seed, convention, name, dtype, out,
-        check_finite,
-    ) -> Tensor:  # fmt: skip
-        details = recipe_convention(convention, method, normalize, rescale)
-        spec = MergeSpec(weights, density, "bernoulli", elect, details, scale, seed)
-        return ops.merge(base, models, spec, name=name, dtype=dtype, out=out, check_finite=check_finite)
+    def tensor(base: Tensor, models: list[Tensor], *, name, dtype, out, check_finite, **parameters) -> Tensor:
+        return ops.merge(base, models, recipe_spec(**parameters), name=name, dtype=dtype, out=out, check_finite=check_finite)
 
 
 _register("dare_linear", False, "drop deltas at random, rescale the rest, add them")

@@ -53,17 +53,8 @@ def weights_that_sum(weights: Sequence[float], normalize: bool) -> tuple[float, 
 
 
 def recipe_convention(preset: str, method: str, normalize: bool | None, rescale: bool | None) -> Convention:
-    """The convention that a recipe asks for: a preset, with mergekit's switches on top where they are given.
-
-    Raises:
-        ValueError: the preset ranks over the whole model, which a recipe, merged tensor by tensor, cannot.
-    """
+    """The convention that a recipe asks for: a preset, with mergekit's switches on top where they are given."""
     convention = Convention.resolve(preset, method)
-    if convention.scope == "model":
-        raise ValueError(
-            f'convention {preset!r} ranks over the whole model (scope "model"); recipes are merged tensor by tensor. '
-            f"It is available in the Python API: pymerge.{method}(..., convention={preset!r})"
-        )
     if normalize is not None:
         # An average by count (PEFT's) is one kind of normalising: asking for it does not change which.
         kind = "weights" if convention.divisor == "none" else convention.divisor

@@ -17,6 +17,7 @@ from ..tree import Paired
 from .fused import merge_models, weights_that_sum
 from .recipe_parameters import WEIGHT
 from .registry import Parameter, register_method
+from .sliced import fused_slices
 
 __all__ = ["linear", "model_soup"]
 
@@ -66,13 +67,21 @@ _NORMALIZE = Parameter("normalize", recipe="normalize", kind=bool, default=True,
 _SOURCE = "Wortsman et al. 2022, arXiv:2203.05482"
 
 
-@register_method("linear", base="model", summary="weighted mean of the models", source=_SOURCE, parameters=(WEIGHT, _NORMALIZE))
+@register_method(
+    "linear",
+    base="model",
+    summary="weighted mean of the models",
+    source=_SOURCE,
+    parameters=(WEIGHT, _NORMALIZE),
+    sliced=fused_slices(_spec),
+)
 @register_method(
     "model_soup",
     base="model",
     summary="mean of the models; weights are optional",
     source=_SOURCE,
     parameters=(replace(WEIGHT, default=1.0), _NORMALIZE),
+    sliced=fused_slices(_spec),
 )
 def _tensor(base: None, models: list[Tensor], *, weights, normalize, name, dtype, out, check_finite) -> Tensor:
     return ops.merge(None, models, _spec(weights, normalize), name=name, dtype=dtype, out=out, check_finite=check_finite)

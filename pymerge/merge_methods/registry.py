@@ -15,13 +15,14 @@ A method is a plain function that merges one tensor, registered with the paramet
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from ..spec import MAX_MODELS
+from .sliced import MakeSliced
 
 __all__ = ["REQUIRED", "Method", "Parameter", "get_method", "methods", "register_method"]
 
@@ -68,6 +69,10 @@ class Method:
         parameters: what a recipe may set.
         min_models, max_models: how many models besides the base.
         summary, source: one line each, for `pymerge methods`.
+        sliced: makes a :class:`pymerge.merge_methods.sliced.Sliced`, which gives the same bytes from slices of tensors that need not be in
+            memory as a whole. Without it tensors are merged whole, whatever memory that takes.
+        whole_model: ``whole_model(**parameters)`` is None where tensors are merged one by one. Otherwise all tensors must have the same
+            value, and are given to one :class:`Sliced`.
     """
 
     name: str
@@ -78,6 +83,8 @@ class Method:
     max_models: int = MAX_MODELS
     summary: str = ""
     source: str = ""
+    sliced: MakeSliced | None = None
+    whole_model: Callable[..., Hashable | None] | None = None
 
 
 _METHODS: dict[str, Method] = {}

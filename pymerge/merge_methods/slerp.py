@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, slice_ops
 from ..arguments import finite
 from ..conventions import Convention
 from ..finite import raise_if_not_finite
 from ..spec import MergeSpec
 from ..tree import Paired
 from .registry import Parameter, register_method
+from .sliced import Sliced
 
 __all__ = ["slerp"]
 
@@ -73,6 +74,26 @@ def _arc(a, b, t, labels, name, dtype, out, check_finite) -> Tensor:
     return ops.merge(None, [a, b], spec, name=name, dtype=dtype, out=out, check_finite=False)
 
 
+class _Slices(Sliced):
+    """The dot products in a pass of their own."""
+
+    passes = 1
+
+    def begin(self, number, read) -> None:
+        self._sums = {name: [0.0] * 3 for name in self.tensors}
+
+    def add(self, number, name, first, base, models) -> None:
+        self._sums[name] = slice_ops.dots(base, models[0], self._sums[name])
+
+    def merge(self, name, first, base, models, out, check_finite) -> None:
+        tensor = self.tensors[name]
+        if check_finite and not all(map(math.isfinite, self._sums[name])):
+            raise_if_not_finite([("base", base), ("model 0", models[0])], name, first=first, shape=tensor.shape)
+        coefficients = _coefficients(*self._sums[name], finite(tensor.parameters["t"], "t"))
+        spec = MergeSpec(coefficients, (1.0, 1.0), convention=_SUM)
+        slice_ops.merge(None, [base, models[0]], spec, out, name=name, first=first, shape=tensor.shape, check_finite=False)
+
+
 @register_method(
     "slerp",
     base="required",
@@ -80,6 +101,7 @@ def _arc(a, b, t, labels, name, dtype, out, check_finite) -> Tensor:
     summary="spherical interpolation from the base to one model",
     source="Shoemake 1985, doi:10.1145/325165.325242",
     parameters=(Parameter("t", recipe="t", kind=float, doc="0 is the base, 1 the model"),),
+    sliced=_Slices,
 )
 def _tensor(base: Tensor, models: list[Tensor], *, t, name, dtype, out, check_finite) -> Tensor:
     return _arc(base, models[0], finite(t, "t"), ("base", "model 0"), name, dtype, out, check_finite)

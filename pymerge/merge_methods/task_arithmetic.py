@@ -16,6 +16,7 @@ from ..tree import Paired
 from .fused import merge_models, weights_that_sum
 from .recipe_parameters import INT8_MASK, LAMBDA, WEIGHT
 from .registry import Parameter, register_method
+from .sliced import fused_slices
 
 __all__ = ["task_arithmetic"]
 
@@ -47,6 +48,11 @@ def task_arithmetic(
     return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite)
 
 
+def _recipe_spec(*, weights, normalize, int8_mask, scale) -> MergeSpec:
+    weights = weights_that_sum(weights, normalize)
+    return MergeSpec(weights, (1.0,) * len(weights), convention=_MEAN if normalize else _SUM, scale=scale)
+
+
 @register_method(
     "task_arithmetic",
     base="required",
@@ -58,8 +64,7 @@ def task_arithmetic(
         INT8_MASK,
         LAMBDA,
     ),
+    sliced=fused_slices(_recipe_spec),
 )
-def _tensor(base: Tensor, models: list[Tensor], *, weights, normalize, int8_mask, scale, name, dtype, out, check_finite) -> Tensor:
-    convention = _MEAN if normalize else _SUM
-    spec = MergeSpec(weights_that_sum(weights, normalize), (1.0,) * len(models), convention=convention, scale=scale)
-    return ops.merge(base, models, spec, name=name, dtype=dtype, out=out, check_finite=check_finite)
+def _tensor(base: Tensor, models: list[Tensor], *, name, dtype, out, check_finite, **parameters) -> Tensor:
+    return ops.merge(base, models, _recipe_spec(**parameters), name=name, dtype=dtype, out=out, check_finite=check_finite)

@@ -16,6 +16,7 @@ from ..tree import Paired
 from .fused import merge_models, recipe_convention
 from .recipe_parameters import CONVENTION, DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
 from .registry import register_method
+from .sliced import fused_slices, whole_model
 
 __all__ = ["ties"]
 
@@ -43,9 +44,9 @@ def ties(
         density: fraction of each delta that is kept, in [0, 1]; a number or one per model.
         scale: multiplies the merged delta (the paper's lambda).
         convention: a preset's name or a :class:`pymerge.Convention`. ``"default"`` agrees with mergekit and ranks within each tensor;
-            ``"paper"`` ranks over the whole model, which then has to fit in memory. In a whole-model ranking one fp64 tensor makes every
-            tensor compute in fp64, and ``rescale="norm"`` still restores each tensor's own norm. For bare tensors the two scopes are the
-            same.
+            ``"paper"`` ranks over the whole model, which has to fit in memory (in recipes it need not). In a whole-model ranking one fp64
+            tensor makes every tensor compute in fp64, and ``rescale="norm"`` still restores each tensor's own norm. For bare tensors the
+            two scopes are the same.
         dtype: of the result; by default the common dtype of base and models, per tensor.
         out: tensors to write into, of the inputs' names and shapes, sharing no memory with them; returned.
         check_finite: refuse NaN and Inf in an input. Unchecked, a NaN has no sign and so agrees with nobody.
@@ -71,17 +72,18 @@ def ties(
     return merge_models(pairs, spec, dtype=dtype, out=out, check_finite=check_finite)
 
 
+def _recipe_spec(*, weights, density, normalize, rescale, int8_mask, scale, convention) -> MergeSpec:
+    return MergeSpec(weights, density, "magnitude", True, recipe_convention(convention, "ties", normalize, rescale), scale)
+
+
 @register_method(
     "ties",
     base="required",
     summary="trim small deltas, elect a sign per element, average what agrees",
     source="Yadav et al. 2023, arXiv:2306.01708",
     parameters=(WEIGHT, DENSITY, NORMALIZE, RESCALE, INT8_MASK, LAMBDA, CONVENTION),
+    sliced=fused_slices(_recipe_spec),
+    whole_model=whole_model(_recipe_spec),
 )
-def _tensor(
-    base: Tensor, models: list[Tensor], *, weights, density, normalize, rescale, int8_mask, scale, convention, name, dtype, out,
-    check_finite,
-) -> Tensor:  # fmt: skip
-    details = recipe_convention(convention, "ties", normalize, rescale)
-    spec = MergeSpec(weights, density, "magnitude", True, details, scale)
-    return ops.merge(base, models, spec, name=name, dtype=dtype, out=out, check_finite=check_finite)
+def _tensor(base: Tensor, models: list[Tensor], *, name, dtype, out, check_finite, **parameters) -> Tensor:
+    return ops.merge(base, models, _recipe_spec(**parameters), name=name, dtype=dtype, out=out, check_finite=check_finite)

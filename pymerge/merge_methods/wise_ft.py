@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import many_ops, ops
+from .. import many_ops, ops, slice_ops
 from ..arguments import finite
 from ..tree import Paired
 from .registry import Parameter, register_method
+from .sliced import Sliced
 
 __all__ = ["wise_ft"]
 
@@ -43,6 +44,13 @@ def wise_ft(
     )
 
 
+class _Slices(Sliced):
+    def merge(self, name, first, base, models, out, check_finite) -> None:
+        tensor = self.tensors[name]
+        alpha = finite(tensor.parameters["alpha"], "alpha")
+        slice_ops.lerp(base, models[0], alpha, out, name=name, first=first, shape=tensor.shape, check_finite=check_finite)
+
+
 @register_method(
     "wise_ft",
     base="required",
@@ -50,6 +58,7 @@ def wise_ft(
     summary="interpolate between the base and one fine-tuned model",
     source="Wortsman et al. 2022, arXiv:2109.01903, eq. 1",
     parameters=(Parameter("alpha", recipe="alpha", kind=float, default=0.5, doc="the fine-tuned model's share"),),
+    sliced=_Slices,
 )
 def _tensor(base: Tensor, models: list[Tensor], *, alpha, name, dtype, out, check_finite) -> Tensor:
     labels = ("base", "model 0")

@@ -164,12 +164,12 @@ def test_writing_fails(tmp_path, nothing_is_left, monkeypatch, at):
     original = CheckpointWriter.write
     count = 0
 
-    def write(self, name, data):
+    def write(self, name, data, start=0):
         nonlocal count
         if count == at:
             raise OSError(28, "No space left on device")
         count += 1
-        original(self, name, data)
+        original(self, name, data, start)
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "write", write)

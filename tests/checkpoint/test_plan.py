@@ -204,4 +204,4 @@ def test_plan_says_what_will_be_done(tmp_path):
     assert (plan.bytes_read, plan.bytes_written) == (2 * total, total // 2)
     assert {t.output.name for t in plan.tensors} == set(tensors_of(0))
     assert plan.donor == (tmp_path / "a").relative_to(tmp_path) or plan.donor == tmp_path / "a"
-    assert plan.buffers.inputs <= 2 * pipeline.CHUNK
+    assert plan.schedule().buffers.inputs <= 2 * pipeline.CHUNK

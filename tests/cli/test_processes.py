@@ -21,8 +21,8 @@ import sys, time
 from pymerge.checkpoint import memory, merge, writer
 memory.BATCH = 1
 original = writer.CheckpointWriter.write
-def write(self, name, data):
-    original(self, name, data)
+def write(self, name, data, start=0):
+    original(self, name, data, start)
     print(name, flush=True)
     time.sleep(0.05)
 writer.CheckpointWriter.write = write
