@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -27,8 +28,10 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import pymerge  # noqa: E402
+import pymerge.kl_ops  # noqa: E402, F401  (registers the divergence's operators)
 
 BUDGET_S = 450
+KERNELS = os.environ.get("TRITON_INTERPRET") == "1"  # a rehearsal with the kernels in Triton's interpreter
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STARTED = time.perf_counter()
 
@@ -108,6 +111,31 @@ METHODS: dict[str, Callable[[Tensor, list[Tensor], Tensor], object]] = {
     "ema": lambda base, models, out: pymerge.ema_update(out, models[0], decay=0.999, check_finite=False),
 }
 
+# Checked, and timed under the plain methods' names only.
+_MAJORITY = pymerge.Convention(zero_vote="majority", vote="count")
+VARIANTS: dict[str, Callable[[Tensor, list[Tensor], Tensor], object]] = {
+    "breadcrumbs": lambda base, models, out: pymerge.breadcrumbs(base, models, out=out),
+    "breadcrumbs_ties": lambda base, models, out: pymerge.breadcrumbs_ties(base, models, density=0.5, gamma=0.05, out=out),
+    "dare_linear norm": lambda base, models, out: pymerge.dare_linear(base, models, density=0.5, seed=7, convention="mergekit", out=out),
+    "dare_ties norm": lambda base, models, out: pymerge.dare_ties(base, models, density=0.5, seed=7, convention="mergekit", out=out),
+    "ties majority": lambda base, models, out: pymerge.ties(base, models, density=0.2, convention=_MAJORITY, out=out),
+    "ties paper": lambda base, models, out: pymerge.ties(base, models, density=0.2, convention="paper", out=out),
+    "ties whole model": lambda base, models, out: pymerge.ties(
+        _halves(base), [_halves(x) for x in models], density=0.2, convention="paper", out=_halves(out)
+    ),
+}
+
+
+def _halves(t: Tensor) -> dict[str, Tensor]:
+    """Two tensors of one model, the second one at an odd address: views, so that writing them writes `t`."""
+    middle = t.numel() // 2 | 1
+    return {"first": t[:middle], "second": t[middle:]}
+
+
+def kernels_of(device: torch.device):
+    """Insists on the kernels where they can run, so that no fallback is measured."""
+    return pymerge.backend("triton" if device.type == "cuda" or KERNELS else "native")
+
 
 def weights(n: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator(device=device).manual_seed(0)
@@ -131,24 +159,21 @@ def bytes_moved(method: str, base: Tensor, models: list[Tensor], out: Tensor) ->
 # The same bytes
 
 
-def same_bytes(device: torch.device) -> list[dict]:
+def same_bytes(device: torch.device, largest: int) -> list[dict]:
     """GPU against the C++ core for every method and dtype, and against the reference where that is quick."""
     rows = []
     for dtype_name, dtype in DTYPES.items():
-        for n in (0, 1, 1023, 70_001, 3_000_017):
+        for n in (size for size in (0, 1, 1023, 70_001, 3_000_017) if size <= max(largest, 1023)):
             base, models = weights(n, 3, dtype, torch.device("cpu"))
-            for method, run in METHODS.items():
+            for method, run in {**METHODS, **VARIANTS}.items():
                 outs = []
                 for where, backend in [(device, None), (torch.device("cpu"), "native"), (torch.device("cpu"), "reference")]:
                     if backend == "reference" and n > 100_000:
                         continue
                     out = base.clone() if method == "ema" else torch.full_like(base, float("nan"))
                     args = [base.to(where), [x.to(where) for x in models], out.to(where)]
-                    if backend is None:
+                    with kernels_of(device) if backend is None else pymerge.backend(backend):
                         run(*args)
-                    else:
-                        with pymerge.backend(backend):
-                            run(*args)
                     outs.append(args[2].cpu())
                 integer = torch.int16 if dtype.itemsize == 2 else torch.int32
                 differ = [int((outs[0].view(integer) != other.view(integer)).sum()) for other in outs[1:]]
@@ -177,7 +202,8 @@ def speed(method: str, base: Tensor, models: list[Tensor], clock: Clock, rounds:
     out = torch.zeros_like(base, dtype=torch.float32 if method == "ema" else base.dtype)
 
     def ours() -> None:
-        METHODS[method](base, models, out)
+        with kernels_of(base.device):
+            METHODS[method](base, models, out)
 
     moved = bytes_moved(method, base, models, out)
     extra = None
@@ -205,17 +231,71 @@ def many_tensors(device: torch.device, total: int, rounds: int) -> dict:
     """A state dict of a thousand tensors against one tensor of the same size: launches must not grow with the number of tensors."""
     clock = Clock(device)
     base, models = weights(total, 3, torch.bfloat16, device)
-    size = total // 1000
-    split = [{f"w{i}": x[i * size : (i + 1) * size].clone() for i in range(1000)} for x in (base, *models)]
+    count = min(1000, max(total // 100, 1))  # fewer in a small rehearsal
+    size = total // count
+    split = [{f"w{i}": x[i * size : (i + 1) * size].clone() for i in range(count)} for x in (base, *models)]
     whole = torch.zeros_like(base)
     pieces = {name: torch.zeros_like(t) for name, t in split[0].items()}
     runs = {
         "one": lambda: pymerge.ties(base, models, density=0.2, out=whole),
         "thousand": lambda: pymerge.ties(split[0], split[1:], density=0.2, out=pieces),
     }
-    times = clock.interleaved(runs, rounds)
+    with kernels_of(device):
+        launched = {name: launches(run) for name, run in runs.items()}
+        times = clock.interleaved(runs, rounds)
     one, thousand = (statistics.median(times[name]) for name in runs)
-    return {"elements": total, "one_ms": one, "thousand_ms": thousand, "ratio": thousand / one}
+    return {"elements": total, "one_ms": one, "thousand_ms": thousand, "ratio": thousand / one, "launches": launched, "tensors": count}
+
+
+def launches(run: Callable[[], object]) -> int | None:
+    """How many of Triton's kernels `run` launches; None where none of them is used."""
+    try:
+        from pymerge.triton_kernels.combine import combine_kernel
+    except ImportError:
+        return None
+    kind, count = type(combine_kernel), 0
+    plain = kind.__getitem__
+
+    def counted(kernel, grid):
+        nonlocal count
+        count += 1
+        return plain(kernel, grid)
+
+    kind.__getitem__ = counted
+    try:
+        run()
+    finally:
+        kind.__getitem__ = plain
+    return count or None
+
+
+def divergence(device: torch.device, elements: int, rounds: int) -> dict:
+    """Forward KL at a vocabulary of 128k, bf16, beside one read of both models' logits and torch."""
+    vocab = min(128 * 1024, elements)
+    rows = max(min(2**30, 2 * elements) // (2 * vocab), 1)
+    generator = torch.Generator(device=device).manual_seed(0)
+    student = torch.randn(rows, vocab, device=device, generator=generator, dtype=torch.bfloat16)
+    teacher = student + torch.randn(rows, vocab, device=device, generator=generator, dtype=torch.bfloat16)
+    words = [x.view(torch.int16).view(-1) for x in (student, teacher)]
+    sample = slice(0, 4)
+    with kernels_of(device):
+        got = torch.ops.pymerge.kl_divergence(student[sample], teacher[sample], "forward").double()
+    log_q, log_p = (x[sample].double().log_softmax(-1) for x in (student, teacher))
+    want = (log_p.exp() * (log_p - log_q)).sum(-1)
+    if not torch.allclose(got, want, rtol=1e-4, atol=1e-6):
+        raise SystemExit(f"KL is wrong, so its time means nothing: {got.tolist()}, not {want.tolist()}")
+
+    def ours() -> None:
+        with kernels_of(device):
+            torch.ops.pymerge.kl_divergence_forward(student, teacher, "forward")
+
+    runs = {"ours": ours, "read": lambda: [x.amax() for x in words]}
+    times = {name: statistics.median(t) for name, t in Clock(device).interleaved(runs, rounds).items()}
+    moved = student.nbytes + teacher.nbytes
+    return {
+        "rows": rows, "vocab": vocab, "ms": times["ours"], "read_ms": times["read"], "to_read": times["ours"] / times["read"],
+        "gb_per_s": moved / times["ours"] / 1e6,
+    }  # fmt: skip
 
 
 def line(row: dict) -> str:
@@ -261,18 +341,21 @@ def main() -> int:
     build_core()
     machine = describe(device)
     print(json.dumps(machine))
-    checks = same_bytes(device)
+    checks = same_bytes(device, int(args.elements))
     wrong = [row for row in checks if row["differ"]]
     print(f"{len(checks) - len(wrong)} of {len(checks)} results are the CPU's bytes")
     for row in wrong:
         print(f"  DIFFERS: {row}")
     broken = {row["method"] for row in wrong}
     for method in broken:  # a wrong result has no speed
-        METHODS.pop(method)
+        METHODS.pop(method, None)
     result = {"machine": machine, "checks": checks, "speeds": speeds(device, int(args.elements), args.rounds)}
     if left() > 60 and "ties" not in broken:
         result["many_tensors"] = many_tensors(device, min(int(args.elements), 64 * 2**20), args.rounds)
-        print("1000 tensors: {ratio:.2f} x one tensor of the same size".format(**result["many_tensors"]))
+        print("{tensors} tensors: {ratio:.2f} x one tensor of the same size, launches {launches}".format(**result["many_tensors"]))
+    if left() > 40:
+        result["kl_forward"] = divergence(device, int(args.elements), args.rounds)
+        print("KL, {rows} rows of {vocab}: {ms:.3f} ms, {to_read:.2f} x one read of the logits".format(**result["kl_forward"]))
     result["seconds"] = time.perf_counter() - STARTED
     args.out.mkdir(parents=True, exist_ok=True)
     stem = f"{machine['date']}-{re.sub(r'[^a-z0-9]+', '-', machine['name'].lower()).strip('-')}"

@@ -239,11 +239,11 @@ def cut_kernel(
         count = tl.load(rows + CHUNKS)
         rank = tl.load(settled + TIE_RANK)
         place = tl.zeros([], tl.int64)
-        lane = tl.arange(0, WALK)
+        walk = tl.arange(0, WALK)
         first = tl.zeros([], tl.int64)
         missing = rank  # ties that are still to be found
         while (first < count) & (missing > 0):
-            ties = tl.load(equal + first + lane, mask=first + lane < count, other=0).to(tl.int64)
+            ties = tl.load(equal + first + walk, mask=first + walk < count, other=0).to(tl.int64)
             here = tl.sum(ties)
             if here < missing:
                 missing -= here
@@ -251,7 +251,7 @@ def cut_kernel(
             else:
                 before = tl.cumsum(ties, 0) - ties
                 hit = (before < missing) & (missing <= before + ties)
-                place = first + tl.sum(tl.where(hit, lane, 0))
+                place = first + tl.sum(tl.where(hit, walk, 0))
                 rank = missing - tl.sum(tl.where(hit, before, 0))
                 missing = missing * 0
         entry_at = tl.load(table + entries_at + tl.load(rows + FIRST_CHUNK) + place)

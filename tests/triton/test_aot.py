@@ -22,6 +22,11 @@ def test_machine_code_for_hopper(kernel):
     assert compiled("--kernel", kernel, "--dtype", "bf16", "--target", "sm_90").endswith("1 compiled, 0 broken\n")
 
 
+def test_ties_compile_in_fp64():
+    """Compiled code has types where the interpreter has none."""
+    assert compiled("--kernel", "cut", "--dtype", "fp64", "--target", "sm_90").endswith("1 compiled, 0 broken\n")
+
+
 def test_machine_code_for_every_architecture():
     assert compiled("--kernel", "merge", "--dtype", "bf16").endswith("4 compiled, 0 broken\n")
 
