@@ -118,7 +118,7 @@ def test_one_vocabulary_entry_and_no_leading_dimension():
 
 GOOD = {"student": torch.zeros(2, 5), "teacher": torch.zeros(2, 5), "kind": "jsd", "beta": 0.5, "temperature": 1.0, "mask": None}
 BAD = [
-    ({"kind": "kl"}, ValueError, "kind 'kl' does not exist; choose one of 'forward', 'reverse', 'jsd'"),
+    ({"kind": "kl"}, ValueError, "'kl' is no divergence; choose one of 'forward', 'reverse', 'jsd'"),
     ({"teacher": torch.zeros(2, 6)}, ValueError, r"student logits are \(2, 5\), teacher logits \(2, 6\)"),
     ({"student": torch.zeros(2, 0), "teacher": torch.zeros(2, 0)}, ValueError, "the vocabulary is empty"),
     ({"teacher": torch.zeros(2, 5, dtype=torch.int32)}, TypeError, "logits of dtype torch.int32"),
