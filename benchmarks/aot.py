@@ -189,9 +189,12 @@ def kl_cases() -> Iterator[Case]:
     for label in ("bf16", "fp16", "fp32"):
         pointer = f"*{label}"
         for kind, number in kl._KIND.items():
-            constants = {"KIND": number, "WEIGHTED": True, "BLOCK": kl.BLOCK}
+            block = kl.forward_block(kind)
+            constants = {"KIND": number, "WEIGHTED": True, "BLOCK": block}
             pointers = {0: pointer, 1: pointer, 2: "*fp32", 3: "*fp32", 4: "*fp32"}
-            yield Case(f"kl_{kind}", label, kl.forward_kernel, constants, pointers, wide=LOADS, loop="LDG.E.128", **logits)
+            yield Case(
+                f"kl_{kind}", label, kl.forward_kernel, constants, pointers, wide=LOADS, loop="LDG.E.128", **{**logits, "per": block}
+            )
         for shape in ("difference", "centred", "mixture"):
             constants = {"SHAPE": shape, "OF_TEACHER": False, "WEIGHTED": True, "BLOCK": kl.BLOCK}
             pointers = {0: pointer, 1: pointer, 2: "*fp32", 3: "*fp32", 4: "*fp32", 5: pointer}

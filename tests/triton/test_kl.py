@@ -161,9 +161,9 @@ def usage(kernel, dtype, constants, capability):
 
 results = {}
 for dtype in ("bf16", "fp32"):
-    for capability in (90,):
-        for kind in (0, 1, 2):
-            constants = {"KIND": kind, "WEIGHTED": True, "BLOCK": kl.BLOCK}
+    for capability in (90, 100):
+        for name, kind in kl._KIND.items():
+            constants = {"KIND": kind, "WEIGHTED": True, "BLOCK": kl.forward_block(name)}
             results[f"forward {kind} {dtype} sm_{capability}"] = usage(kl.forward_kernel, dtype, constants, capability)
         for shape in ("difference", "centred", "mixture"):
             constants = {"SHAPE": shape, "OF_TEACHER": False, "WEIGHTED": True, "BLOCK": kl.BLOCK}
