@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
+from ..recipe.locate import existing_paths
 from ..recipe.problems import Problems, RecipeError, did_you_mean
 from ..recipe.source import Source, read_source
 from .lora.config import CONFIG
@@ -45,10 +46,8 @@ def _folder(text: Any, folder: FilePath | None) -> FilePath | None:
     if not isinstance(text, str):
         return None
     try:
-        given = FilePath(text).expanduser()
-        candidates = [given] if given.is_absolute() or folder is None else [folder / given, given]
-        return next((path for path in candidates if (path / CONFIG).is_file()), None)
-    except (OSError, ValueError, RuntimeError):
+        return next((path for path in existing_paths(text, folder)[0] if (path / CONFIG).is_file()), None)
+    except (OSError, ValueError):
         return None
 
 

@@ -10,7 +10,7 @@ from .hub import hub_snapshot, is_hub_id
 from .problems import Path, Problems, did_you_mean
 from .reference import Location, ModelReference
 
-__all__ = ["Located", "locate"]
+__all__ = ["Located", "existing_paths", "locate"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def locate(
     """
     named = named or {}
     try:
-        parts = reference.split(lambda text: text in named or bool(_existing(text, folder)[0]))
+        parts = reference.split(lambda text: text in named or bool(existing_paths(text, folder)[0]))
     except ValueError as error:
         problems.add(path, str(error))
         return None
@@ -50,7 +50,7 @@ def locate(
     return Located(found[0], tuple(found[1:]))
 
 
-def _existing(text: str, folder: FilePath | None) -> tuple[list[FilePath], list[FilePath]]:
+def existing_paths(text: str, folder: FilePath | None) -> tuple[list[FilePath], list[FilePath]]:
     """The candidates for a path that exist, and all of them.
 
     Raises:
@@ -69,7 +69,7 @@ def _existing(text: str, folder: FilePath | None) -> tuple[list[FilePath], list[
 def _locate_one(location: Location, folder: FilePath | None, path: Path, problems: Problems, download: bool) -> FilePath | None:
     text = location.path
     try:
-        existing, candidates = _existing(text, folder)
+        existing, candidates = existing_paths(text, folder)
     except ValueError as error:
         problems.add(path, str(error))
         return None
