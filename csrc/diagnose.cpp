@@ -15,13 +15,16 @@ void DiagnoseTensor(DiagnoseJob job, int threads, double* sums, int64_t* counts)
   const int models = job.in.models, own_counts = DiagnoseCounts(models);
   job.sums = DiagnoseSums(models);
   const int64_t pieces = (job.in.n + kDiagnosePiece - 1) / kDiagnosePiece;
-  const size_t own_lanes = static_cast<size_t>(job.sums) * 64;
+  constexpr size_t kLine = 64;
+  const size_t memory = static_cast<size_t>(job.sums) * 64 * sizeof(double) + static_cast<size_t>(models + 3) * kDiagnoseRun;
   threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({threads, pieces, kMaxThreads})));
-  std::vector<double> piece_sums(static_cast<size_t>(pieces * job.sums)), lanes(own_lanes * static_cast<size_t>(threads));
+  std::vector<double> piece_sums(static_cast<size_t>(pieces * job.sums));
+  std::vector<unsigned char> scratch(memory * static_cast<size_t>(threads) + kLine);
+  unsigned char* aligned = scratch.data() + (kLine - reinterpret_cast<uintptr_t>(scratch.data()) % kLine);
   std::vector<int64_t> piece_counts(static_cast<size_t>(pieces * own_counts));
   ParallelFor(pieces, threads, [&](int64_t i, int slot) {
     CurrentKernels().diagnose(job, i * kDiagnosePiece, std::min((i + 1) * kDiagnosePiece, job.in.n),
-                              lanes.data() + own_lanes * static_cast<size_t>(slot), piece_sums.data() + i * job.sums,
+                              aligned + memory * static_cast<size_t>(slot), piece_sums.data() + i * job.sums,
                               piece_counts.data() + i * own_counts);
   });
   for (int64_t i = 0; i < pieces; ++i) {

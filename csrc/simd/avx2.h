@@ -62,6 +62,7 @@ struct Lanes {
     return _mm256_castsi256_ps(_mm256_sub_epi32(u, _mm256_slli_epi32(k, 23)));
   }
   static Keys KeysOf(Vec v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF)); }
+  static Vec ValuesOf(Keys k) { return _mm256_castsi256_ps(k); }
   static Keys SetKey(Key k) { return _mm256_set1_epi32(k); }
   static Keys Max(Keys a, Keys b) { return _mm256_max_epi32(a, b); }
   static Key ReduceMax(Keys k) {
