@@ -46,21 +46,10 @@ struct ProductLanesFor<double> {
   using Type = WideLanes;
 };
 
-// Bit e of a word: element e is kept, and above or below zero.
+// Of a model in a run, bit e mod 64 of word e / 64: element e is kept, and above or below zero; it is zero.
 struct KeptWords {
-  uint64_t positive[kRunWords], negative[kRunWords];
+  uint64_t positive[kRunWords], negative[kRunWords], zero[kRunWords];
 };
-
-// lanes[i mod 64] += |x[i]| in order (reduce-inl.h). n is a multiple of kSumLanes.
-template <class R>
-inline void AddMagnitudes(const R* x, int64_t n, R* lanes) {
-  using P = typename ProductLanesFor<R>::Type;
-  for (int j = 0; j < kSumLanes; j += P::kLanes) {
-    auto sum = P::Load(lanes + j);
-    for (int64_t i = j; i < n; i += kSumLanes) sum = P::Add(sum, P::ValuesOf(P::KeysOf(P::Load(x + i))));
-    P::Store(lanes + j, sum);
-  }
-}
 
 // Place of vectors a <= b in the upper triangle by rows.
 inline constexpr int PlaceOf(int a, int b, int vectors) { return a * vectors - a * (a - 1) / 2 + b - a; }
@@ -132,37 +121,62 @@ void AddProducts(const R (*x)[kRun], int vectors, int64_t n, R* lanes) {
   }
 }
 
-// One model's part of a run: its deltas, added to `total` or, of the first model, stored there; the L1 norm's lanes; which deltas are above
-// the threshold; how many are zero; the largest key. n is a multiple of kSumLanes.
+// Bits of elements [i, i + kLanes), a multiple of kLanes; those of a word in order. Sixteen or eight are stored as they are, on a
+// little-endian machine: shifting them together in registers costs more than all arithmetic on the deltas.
+template <class L>
+inline void StoreBits(uint64_t* words, int64_t i, typename L::Mask mask) {
+  if constexpr (L::kLanes == 16) {
+    const uint16_t bits = static_cast<uint16_t>(L::Bits(mask));
+    memcpy(reinterpret_cast<unsigned char*>(words) + i / 8, &bits, sizeof(bits));
+  } else if constexpr (L::kLanes == 8) {
+    reinterpret_cast<unsigned char*>(words)[i / 8] = static_cast<unsigned char>(L::Bits(mask));
+  } else {
+    words[i / 64] = (i % 64 ? words[i / 64] : 0) | L::Bits(mask) << (i % 64);
+  }
+}
+
+// One model's part of a run: its deltas; the L1 norm's lanes; which deltas are above the threshold, which are zero; the largest key. n is
+// a multiple of kSumLanes.
 template <class L, class T, class R>
-inline void MeasureModel(const T* x, const R* base, int64_t n, R threshold, bool first, R* delta, R* total, R* lanes, KeptWords* kept,
-                         int64_t* zeros, typename L::Key* top) {
+inline void MeasureModel(const T* x, const R* base, int64_t n, R threshold, R* delta, R* lanes, KeptWords* kept, typename L::Key* top) {
   constexpr int kVectors = kSumLanes / L::kLanes;
   const auto above = L::Set(threshold), below = L::Set(-threshold);
-  auto largest = L::SetKey(0);
+  auto largest = L::SetKey(*top);
   typename L::Vec sum[kVectors];
   for (int v = 0; v < kVectors; ++v) sum[v] = L::Load(lanes + v * L::kLanes);
   for (int64_t row = 0; row < n; row += kSumLanes) {
-    uint64_t positive = 0, negative = 0, zero = 0;
     for (int v = 0; v < kVectors; ++v) {
       const int64_t i = row + v * L::kLanes;
       const auto d = L::Sub(L::Load(x + i), L::Load(base + i));
       L::Store(delta + i, d);
-      L::Store(total + i, first ? d : L::Add(L::Load(total + i), d));
       const auto keys = L::KeysOf(d);
       largest = L::Max(largest, keys);
       sum[v] = L::Add(sum[v], L::ValuesOf(keys));
-      positive |= L::Bits(L::Below(above, d)) << (v * L::kLanes);
-      negative |= L::Bits(L::Below(d, below)) << (v * L::kLanes);
-      zero |= L::Bits(L::IsZero(d)) << (v * L::kLanes);
+      StoreBits<L>(kept->positive, i, L::Below(above, d));
+      StoreBits<L>(kept->negative, i, L::Below(d, below));
+      StoreBits<L>(kept->zero, i, L::IsZero(d));
     }
-    kept->positive[row / 64] = positive;
-    kept->negative[row / 64] = negative;
-    *zeros += __builtin_popcountll(zero);
   }
   for (int v = 0; v < kVectors; ++v) L::Store(lanes + v * L::kLanes, sum[v]);
-  const auto key = L::ReduceMax(largest);
-  if (key > *top) *top = key;
+  *top = L::ReduceMax(largest);
+}
+
+// The lanes of |sum of the deltas|.
+template <class R, int64_t kRun>
+inline void AddAgreement(const R (*delta)[kRun], int models, int64_t n, R* lanes) {
+  using P = typename ProductLanesFor<R>::Type;
+  constexpr int kVectors = kSumLanes / P::kLanes;
+  typename P::Vec sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = P::Load(lanes + v * P::kLanes);
+  for (int64_t row = 0; row < n; row += kSumLanes) {
+    typename P::Vec total[kVectors];
+    for (int v = 0; v < kVectors; ++v) total[v] = P::Load(delta[0] + row + v * P::kLanes);
+    for (int m = 1; m < models; ++m) {
+      for (int v = 0; v < kVectors; ++v) total[v] = P::Add(total[v], P::Load(delta[m] + row + v * P::kLanes));
+    }
+    for (int v = 0; v < kVectors; ++v) sum[v] = P::Add(sum[v], P::ValuesOf(P::KeysOf(total[v])));
+  }
+  for (int v = 0; v < kVectors; ++v) P::Store(lanes + v * P::kLanes, sum[v]);
 }
 
 inline int64_t CountBits(const uint64_t* word, int words) {
@@ -173,8 +187,9 @@ inline int64_t CountBits(const uint64_t* word, int words) {
 
 // Adds what the words of all models say to the counts of kept elements and those that follow them (types.h has their order).
 inline void CountTogether(const KeptWords* kept, int models, int words, int64_t* counts) {
-  uint64_t at_least[kMaxModels + 1][kRunWords] = {};  // bit e of word k: k models or more keep element e
+  uint64_t at_least[kMaxModels + 1][kRunWords];  // bit e of word k: k models or more keep element e
   uint64_t positive[kRunWords] = {}, negative[kRunWords] = {};
+  memset(at_least, 0, sizeof(at_least[0]) * static_cast<size_t>(models + 1));
   for (int m = 0; m < models; ++m) {
     for (int k = m + 1; k > 1; --k) {
       for (int w = 0; w < words; ++w) at_least[k][w] |= at_least[k - 1][w] & (kept[m].positive[w] | kept[m].negative[w]);
@@ -218,25 +233,24 @@ inline R ThresholdOf(const Selection& s, int64_t first, int64_t n, int64_t* ties
 template <class R>
 inline void KeepTies(const R* delta, int64_t ties, int64_t key, KeptWords* kept) {
   for (int64_t i = 0; i < ties; ++i) {
-    const auto bit = static_cast<uint64_t>(ScalarLanes<R>::KeysOf(delta[i]) == key) << (i % 64);
-    (delta[i] > 0 ? kept->positive : kept->negative)[i / 64] |= bit;
+    const auto equal = static_cast<uint64_t>(ScalarLanes<R>::KeysOf(delta[i]) == key);
+    (delta[i] > 0 ? kept->positive : kept->negative)[i / 64] |= equal << (i % 64);
   }
 }
 
-// Memory for one thread, of DiagnoseScratch (diagnose.cpp) bytes: the sums' lanes, then a run of base and deltas, the sum of the deltas,
-// and a model.
+// Memory for one thread, of DiagnoseScratch (diagnose.cpp) bytes: the sums' lanes, then a run of base and deltas, and two
+// more of its length.
 template <class R>
 struct Scratch {
   static constexpr int64_t kRun = kDiagnoseRun / sizeof(R);
   R* lanes;
   R (*x)[kRun];
-  R *total, *model;
+  R *model;
 
   Scratch(const DiagnoseJob& job, void* memory) {
     lanes = static_cast<R*>(memory);
     x = reinterpret_cast<R(*)[kRun]>(static_cast<double*>(memory) + static_cast<int64_t>(job.sums) * kSumLanes);
-    total = x[job.in.models + 1];
-    model = x[job.in.models + 2];
+    model = x[job.in.models + 1];
   }
 };
 
@@ -262,11 +276,9 @@ void DiagnoseRun(const DiagnoseJob& job, int64_t first, int64_t n, const Scratch
   for (int m = 0; m < models; ++m) {
     const Input& in = job.in.model[m];
     R *delta = scratch.x[m + 1], *lanes = scratch.lanes + (products + m) * kSumLanes;
-    int64_t ties, zeros = 0;
+    int64_t ties;
     const R threshold = ThresholdOf<R>(job.selection[m], first, n, &ties);
-    const auto measure = [&](const auto* x) {
-      MeasureModel<L>(x, base, padded, threshold, m == 0, delta, scratch.total, lanes, kept + m, &zeros, top + m + 1);
-    };
+    const auto measure = [&](const auto* x) { MeasureModel<L>(x, base, padded, threshold, delta, lanes, kept + m, top + m + 1); };
     if (padded == n && in.dtype == DType::kBF16) {
       measure(At<Bf16>(in, first));
     } else if (padded == n && in.dtype == DType::kF16) {
@@ -276,9 +288,9 @@ void DiagnoseRun(const DiagnoseJob& job, int64_t first, int64_t n, const Scratch
       measure(scratch.model);
     }
     KeepTies(delta, ties, job.selection[m].key, kept + m);
-    counts[m] += padded - zeros;
+    counts[m] += padded - CountBits(kept[m].zero, static_cast<int>(padded / 64));
   }
-  AddMagnitudes(scratch.total, padded, scratch.lanes + (products + models) * kSumLanes);
+  AddAgreement(scratch.x + 1, models, padded, scratch.lanes + (products + models) * kSumLanes);
   AddProducts(scratch.x, models + 1, padded, scratch.lanes);
   CountTogether(kept, models, static_cast<int>(padded / 64), counts + models);
 }
@@ -290,15 +302,12 @@ void AddWideRun(const DiagnoseJob& job, int64_t first, int64_t n, const Scratch<
   const int64_t padded = WidenPadded(job.in.base, first, n, base);
   for (int64_t i = 0; i < padded; ++i) scratch.x[0][i] = base[i];
   for (int m = 0; m < models; ++m) {
-    double *delta = scratch.x[m + 1], *total = scratch.total;
+    double* delta = scratch.x[m + 1];
     WidenPadded(job.in.model[m], first, n, x);
-    for (int64_t i = 0; i < padded; ++i) {
-      delta[i] = x[i] - base[i];
-      total[i] = m ? total[i] + delta[i] : delta[i];
-    }
-    AddMagnitudes(delta, padded, scratch.lanes + (products + m) * kSumLanes);
+    for (int64_t i = 0; i < padded; ++i) delta[i] = x[i] - base[i];
+    AddAgreement(scratch.x + m + 1, 1, padded, scratch.lanes + (products + m) * kSumLanes);
   }
-  AddMagnitudes(scratch.total, padded, scratch.lanes + (products + models) * kSumLanes);
+  AddAgreement(scratch.x + 1, models, padded, scratch.lanes + (products + models) * kSumLanes);
   AddProducts(scratch.x, models + 1, padded, scratch.lanes);
 }
 
