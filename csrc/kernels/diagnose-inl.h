@@ -135,6 +135,13 @@ inline void StoreBits(uint64_t* words, int64_t i, typename L::Mask mask) {
   }
 }
 
+template <class L>
+inline typename L::Key LargestKey(const typename L::Real* x, int64_t n, typename L::Key top) {
+  auto largest = L::SetKey(top);
+  for (int64_t i = 0; i < n; i += L::kLanes) largest = L::Max(largest, L::KeysOf(L::Load(x + i)));
+  return L::ReduceMax(largest);
+}
+
 // One model's part of a run: its deltas; the L1 norm's lanes; which deltas are above the threshold, which are zero; the largest key. n is
 // a multiple of kSumLanes.
 template <class L, class T, class R>
@@ -270,9 +277,7 @@ void DiagnoseRun(const DiagnoseJob& job, int64_t first, int64_t n, const Scratch
   KeptWords kept[kMaxModels];
   R* base = scratch.x[0];
   const int64_t padded = WidenPadded(job.in.base, first, n, base);
-  auto largest = L::SetKey(top[0]);
-  for (int64_t i = 0; i < padded; i += L::kLanes) largest = L::Max(largest, L::KeysOf(L::Load(base + i)));
-  top[0] = L::ReduceMax(largest);
+  top[0] = LargestKey<L>(base, padded, top[0]);
   for (int m = 0; m < models; ++m) {
     const Input& in = job.in.model[m];
     R *delta = scratch.x[m + 1], *lanes = scratch.lanes + (products + m) * kSumLanes;
