@@ -66,11 +66,10 @@ struct Lanes {
   static Keys SetKey(Key k) { return _mm256_set1_epi32(k); }
   static Keys Max(Keys a, Keys b) { return _mm256_max_epi32(a, b); }
   static Key ReduceMax(Keys k) {
-    int32_t lane[8];
-    StoreKeys(lane, k);
-    int32_t top = lane[0];
-    for (int i = 1; i < 8; ++i) top = lane[i] > top ? lane[i] : top;
-    return top;
+    // Not by way of memory: GCC 12 would then keep k there, in the loop that makes it too.
+    const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(k), _mm256_extracti128_si256(k, 1));
+    const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
   }
   static Mask Greater(Keys a, Keys b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)); }
   static Mask Equal(Keys a, Keys b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
