@@ -5,7 +5,7 @@
 
 namespace pymerge {
 
-constexpr int64_t kDiagnosePiece = 1 << 18;  // elements per piece; sums of pieces are added in order, so it is part of the arithmetic
+constexpr int64_t kDiagnosePiece = 1 << 19;  // elements per piece; sums of pieces are added in order, so it is part of the arithmetic
 
 // How many sums and counts there are of so many models.
 int DiagnoseSums(int models);

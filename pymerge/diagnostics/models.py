@@ -58,6 +58,17 @@ class Model:
         self._store.read_into(info, view, start * dtype.itemsize)
         return torch.frombuffer(view, dtype=dtype)
 
+    def parts(self, name: str, starts: Sequence[int], length: int) -> Tensor:
+        """The parts of `length` elements from each of `starts` on, one after the other."""
+        if self._store is None:
+            return torch.cat([self.part(name, start, length) for start in starts])
+        info, dtype = self._infos[name], self.dtype(name)
+        size = length * dtype.itemsize
+        view = memoryview(bytearray(len(starts) * size))
+        for i, start in enumerate(starts):
+            self._store.read_into(info, view[i * size : (i + 1) * size], start * dtype.itemsize)
+        return torch.frombuffer(view, dtype=dtype)
+
     @property
     def in_memory(self) -> bool:
         """Whether reading it costs nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
@@ -15,7 +16,7 @@ from .. import ops
 from ..diagnose_ops import PIECE, diagnose, new_statistics
 from ..finite import NonFiniteError
 from .models import Model
-from .statistics import Statistics, pool
+from .statistics import Statistics
 
 __all__ = ["scan"]
 
@@ -60,15 +61,12 @@ def scan(
             local.buffers = [bytearray(PIECE * 8) for _ in given]
         return local.buffers
 
-    def parts(name: str, start: int, count: int) -> list[Tensor]:
-        return [m.part(name, start, count, buffer) for m, buffer in zip(given, buffers())]
-
     def work(name: str, start: int, count: int, selection: Tensor) -> Statistics:
-        tensors = parts(name, start, count)
+        tensors = [m.part(name, start, count, buffer) for m, buffer in zip(given, buffers())]
         sums, counts = new_statistics(len(models))
         first, others = (None, tensors) if base is None else (tensors[0], tensors[1:])
         diagnose(first, others, selection - torch.tensor([0, start]), sums, counts, threads=1)
-        if not torch.isfinite(sums).all():
+        if not all(map(math.isfinite, sums.tolist())):
             bad = next((m.label for m, t in zip(given, tensors) if not torch.isfinite(t.float()).all()), "the difference of two models")
             raise NonFiniteError(f"{bad}: {name!r} has a NaN or an infinity between elements {start} and {start + count}")
         if progress is not None:
@@ -82,7 +80,7 @@ def scan(
             selections = _ahead(workers, lambda name: _selection(base, models, name, trim), names, threads)
             for name, selection in selections:
                 n = torch.Size(given[0].shapes[name]).numel()
-                found[name] = pool([], len(models))
+                found[name] = Statistics(len(models), n, *new_statistics(len(models)))
                 for start in range(0, n, PIECE):
                     waiting.append((name, workers.submit(work, name, start, min(PIECE, n - start), selection)))
                     if len(waiting) > 4 * threads:
@@ -97,7 +95,7 @@ def scan(
 
 def _take(waiting: deque, found: dict[str, Statistics]) -> None:
     name, future = waiting.popleft()
-    found[name] = pool([found[name], future.result()], found[name].models)
+    found[name].add(future.result())
 
 
 def _ahead(workers: ThreadPoolExecutor, function: Callable, names: Sequence[str], ahead: int) -> Iterator[tuple[str, Tensor]]:
@@ -122,7 +120,7 @@ def _selection(base: Model | None, models: Sequence[Model], name: str, trim: flo
     length = n if exact else SAMPLE_RUN
 
     def sample(model: Model) -> Tensor:
-        return torch.cat([model.part(name, start, length) for start in starts]) if len(starts) > 1 else model.part(name, 0, length)
+        return model.parts(name, starts, length)
 
     sampled = len(starts) * length
     bases = None if base is None else [sample(base)]
