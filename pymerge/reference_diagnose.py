@@ -36,10 +36,11 @@ def block_sums(base: Tensor, deltas: Sequence[Tensor]) -> Tensor:
     """fp64 [blocks, count_sums(models)]: the sums of each :data:`SUM_BLOCK` elements, in the order of :func:`diagnose`.
 
     A block's products and lanes, and the sum of its deltas, are computed in the tensors' dtype; the lanes are folded in fp64. A block of
-    fp32 numbers is computed in fp64 where the largest magnitude in `base` or in a delta is neither 0 nor within :data:`TAME`. So an fp32
-    sum of products differs from the exact one by less than 2**-18 times the product of the two norms, an L1 norm and the sum of absolute
-    sums by less than 2**-18 times the sum of all L1 norms (63 additions and a product, each with an error of 2**-24; a little less than
-    that is lost below the smallest number).
+    fp32 numbers is computed in fp64 where the largest magnitude in `base` or in a delta is neither 0 nor within :data:`TAME`.
+
+    So a product of fp32 vectors differs from the exact one by at most 2**-17 times the product of their norms, and an L1 norm and the sum
+    of absolute sums by at most 2**-17 times the sum of the L1 norms: at most 63 + 64 roundings of 2**-24 each. Usually it is a thousandth
+    of that, because roundings cancel.
 
     Args:
         base: [n] in the compute dtype; zeros where there is none.
