@@ -15,7 +15,7 @@ from .reference import SUM_BLOCK, SUM_LANES, _deltas, _keys, compute_dtype, kept
 
 __all__ = ["PIECE", "TAME", "block_sums", "count_counts", "count_sums", "diagnose"]
 
-PIECE = 2**19
+PIECE = 2**20
 """Elements of which sums are formed by themselves, and then added in order."""
 
 TAME = (2.0**-40, 2.0**50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,10 @@ class Model:
         for i, start in enumerate(starts):
             self._store.read_into(info, view[i * size : (i + 1) * size], start * dtype.itemsize)
         return torch.frombuffer(view, dtype=dtype)
+
+    def place(self, name: str) -> AbstractContextManager[tuple[int, int]] | None:
+        """:meth:`Checkpoint.place` of a tensor whose bytes lie in a file as they are; None where they must be made or brought into order."""
+        return self._store.place(self._infos[name]) if type(self._store) is Checkpoint else None
 
     @property
     def in_memory(self) -> bool:

@@ -8,12 +8,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..diagnose_ops import PIECE, diagnose, new_statistics
+from ..checkpoint.format import CheckpointError
+from ..diagnose_ops import PIECE, can_read, diagnose, diagnose_files, new_statistics
 from ..finite import NonFiniteError
 from .models import Model
 from .statistics import Statistics
@@ -35,8 +37,9 @@ def scan(
 ) -> dict[str, Statistics]:
     """Statistics of every named tensor.
 
-    Files are read in pieces of 2^18 elements into memory that is used again and again: so many bytes of each model for each thread. Each
-    thread computes on what it has just read, while that is in its cache. Results do not depend on the number of threads.
+    Files are read a few elements at a time into memory that is used again and again, so that each thread computes on what is still in its
+    cache: 2^16 elements of each model where the core reads by itself, 2^20 where they must be made first (an adapter on a model, fp8).
+    Results do not depend on the number of threads.
 
     Args:
         base: or None: the models are deltas, or are compared as they are.
@@ -62,13 +65,14 @@ def scan(
         return local.buffers
 
     def work(name: str, start: int, count: int, selection: Tensor) -> Statistics:
-        tensors = [m.part(name, start, count, buffer) for m, buffer in zip(given, buffers())]
         sums, counts = new_statistics(len(models))
-        first, others = (None, tensors) if base is None else (tensors[0], tensors[1:])
-        diagnose(first, others, selection - torch.tensor([0, start]), sums, counts, threads=1)
+        if not _from_files(base, models, name, start, count, selection, sums, counts):
+            first, *others = [None] * (base is None) + [m.part(name, start, count, buffer) for m, buffer in zip(given, buffers())]
+            diagnose(first, others, selection - torch.tensor([0, start]), sums, counts, threads=1)
         if not all(map(math.isfinite, sums.tolist())):
-            bad = next((m.label for m, t in zip(given, tensors) if not torch.isfinite(t.float()).all()), "the difference of two models")
-            raise NonFiniteError(f"{bad}: {name!r} has a NaN or an infinity between elements {start} and {start + count}")
+            bad = (m.label for m in given if not torch.isfinite(m.part(name, start, count).float()).all())
+            label = next(bad, "the difference of two models")
+            raise NonFiniteError(f"{label}: {name!r} has a NaN or an infinity between elements {start} and {start + count}")
         if progress is not None:
             progress(count)
         return Statistics(len(models), count, sums, counts)
@@ -91,6 +95,26 @@ def scan(
             workers.shutdown(cancel_futures=True)
             raise
     return found
+
+
+def _from_files(
+    base: Model | None, models: Sequence[Model], name: str, start: int, count: int, selection: Tensor, sums: Tensor, counts: Tensor
+) -> bool:
+    """Add the statistics of a part of a tensor that the core reads by itself; False where it cannot, nothing having been done."""
+    given = [m for m in (base, *models) if m is not None]
+    dtypes, places = [m.dtype(name) for m in given], [m.place(name) for m in given]
+    if None in places or not can_read(dtypes):
+        return False
+    with ExitStack() as opened:
+        files = [opened.enter_context(place) for place in places]
+        parts = [(file, offset + start * dtype.itemsize, dtype) for (file, offset), dtype in zip(files, dtypes)]
+        rows = [(key, cut - start) for key, cut in selection.tolist()]
+        first, others = (None, parts) if base is None else (parts[0], parts[1:])
+        failed = diagnose_files(count, first, others, rows, sums, counts)
+    if failed >= 0:
+        given[failed].part(name, start, count)  # says what is wrong
+        raise CheckpointError(f"{given[failed].label}: {name!r} could not be read, and then could; run this again")
+    return True
 
 
 def _take(waiting: deque, found: dict[str, Statistics]) -> None:
