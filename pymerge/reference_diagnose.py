@@ -19,7 +19,7 @@ PIECE = 2**20
 """Elements of which sums are formed by themselves, and then added in order."""
 
 TAME = (2.0**-40, 2.0**50)
-"""Largest magnitudes between which products of fp32 numbers, and sums of :data:`SUM_BLOCK` of them, are safe from overflow and underflow."""
+"""Largest magnitudes between which products of fp32 numbers, and sums of :data:`SUM_BLOCK` of them, neither overflow nor underflow."""
 
 
 def count_sums(models: int) -> int:
