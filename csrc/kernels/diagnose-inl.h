@@ -46,9 +46,9 @@ struct ProductLanesFor<double> {
   using Type = WideLanes;
 };
 
-// Of a model in a run, bit e mod 64 of word e / 64: element e is kept, and above or below zero; it is zero.
+// Of a model in a run, bit e mod 64 of word e / 64: element e is kept, and above or below zero.
 struct KeptWords {
-  uint64_t positive[kRunWords], negative[kRunWords], zero[kRunWords];
+  uint64_t positive[kRunWords], negative[kRunWords];
 };
 
 // Place of vectors a <= b in the upper triangle by rows.
@@ -142,13 +142,13 @@ inline typename L::Key LargestKey(const typename L::Real* x, int64_t n, typename
   return L::ReduceMax(largest);
 }
 
-// One model's part of a run: its deltas; the L1 norm's lanes; which deltas are above the threshold, which are zero; the largest key. n is
-// a multiple of kSumLanes.
+// One model's part of a run: its deltas; the L1 norm's lanes; which deltas are above the threshold; the largest key. Returns how many are
+// zero. n is a multiple of kSumLanes.
 template <class L, class T, class R>
-inline void MeasureModel(const T* x, const R* base, int64_t n, R threshold, R* delta, R* lanes, KeptWords* kept, typename L::Key* top) {
+inline int64_t MeasureModel(const T* x, const R* base, int64_t n, R threshold, R* delta, R* lanes, KeptWords* kept, typename L::Key* top) {
   constexpr int kVectors = kSumLanes / L::kLanes;
   const auto above = L::Set(threshold), below = L::Set(-threshold);
-  auto largest = L::SetKey(*top);
+  auto largest = L::SetKey(*top), zeros = L::SetKey(0);
   typename L::Vec sum[kVectors];
   for (int v = 0; v < kVectors; ++v) sum[v] = L::Load(lanes + v * L::kLanes);
   for (int64_t row = 0; row < n; row += kSumLanes) {
@@ -161,11 +161,12 @@ inline void MeasureModel(const T* x, const R* base, int64_t n, R threshold, R* d
       sum[v] = L::Add(sum[v], L::ValuesOf(keys));
       StoreBits<L>(kept->positive, i, L::Below(above, d));
       StoreBits<L>(kept->negative, i, L::Below(d, below));
-      StoreBits<L>(kept->zero, i, L::IsZero(d));
+      zeros = L::CountIf(zeros, L::IsZero(d));
     }
   }
   for (int v = 0; v < kVectors; ++v) L::Store(lanes + v * L::kLanes, sum[v]);
   *top = L::ReduceMax(largest);
+  return L::ReduceAdd(zeros);
 }
 
 // The lanes of |sum of the deltas|.
@@ -283,7 +284,9 @@ void DiagnoseRun(const DiagnoseJob& job, int64_t first, int64_t n, const Scratch
     R *delta = scratch.x[m + 1], *lanes = scratch.lanes + (products + m) * kSumLanes;
     int64_t ties;
     const R threshold = ThresholdOf<R>(job.selection[m], first, n, &ties);
-    const auto measure = [&](const auto* x) { MeasureModel<L>(x, base, padded, threshold, delta, lanes, kept + m, top + m + 1); };
+    const auto measure = [&](const auto* x) {
+      counts[m] += padded - MeasureModel<L>(x, base, padded, threshold, delta, lanes, kept + m, top + m + 1);
+    };
     if (padded == n && in.dtype == DType::kBF16) {
       measure(At<Bf16>(in, first));
     } else if (padded == n && in.dtype == DType::kF16) {
@@ -293,7 +296,6 @@ void DiagnoseRun(const DiagnoseJob& job, int64_t first, int64_t n, const Scratch
       measure(scratch.model);
     }
     KeepTies(delta, ties, job.selection[m].key, kept + m);
-    counts[m] += padded - CountBits(kept[m].zero, static_cast<int>(padded / 64));
   }
   AddAgreement(scratch.x + 1, models, padded, scratch.lanes + (products + models) * kSumLanes);
   AddProducts(scratch.x, models + 1, padded, scratch.lanes);

@@ -66,7 +66,7 @@ struct Lanes {
   static Keys SetKey(Key k) { return _mm256_set1_epi32(k); }
   static Keys Max(Keys a, Keys b) { return _mm256_max_epi32(a, b); }
   static Key ReduceMax(Keys k) {
-    // Not by way of memory: GCC 12 would then keep k there, in the loop that makes it too.
+    // Not by way of memory, here and below: GCC 12 would then keep k there, in the loop that makes it too.
     const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(k), _mm256_extracti128_si256(k, 1));
     const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
     return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
@@ -75,11 +75,9 @@ struct Lanes {
   static Mask Equal(Keys a, Keys b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
   static Keys CountIf(Keys n, Mask m) { return _mm256_sub_epi32(n, _mm256_castps_si256(m)); }
   static int64_t ReduceAdd(Keys k) {
-    int32_t lane[8];
-    StoreKeys(lane, k);
-    int64_t sum = 0;
-    for (int i = 0; i < 8; ++i) sum += lane[i];
-    return sum;
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(k), _mm256_extracti128_si256(k, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
   }
   static Mask Positive(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_GT_OQ); }
   static Mask Negative(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_LT_OQ); }
