@@ -122,7 +122,7 @@ void AddProducts(const R (*x)[kRun], int vectors, int64_t n, R* lanes) {
 }
 
 // Bits of elements [i, i + kLanes), a multiple of kLanes; those of a word in order. Sixteen or eight are stored as they are, on a
-// little-endian machine: shifting them together in registers costs more than all arithmetic on the deltas.
+// little-endian machine, which is cheaper than to shift them together in registers.
 template <class L>
 inline void StoreBits(uint64_t* words, int64_t i, typename L::Mask mask) {
   if constexpr (L::kLanes == 16) {
