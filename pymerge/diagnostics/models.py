@@ -62,7 +62,8 @@ class Model:
     def parts(self, name: str, starts: Sequence[int], length: int) -> Tensor:
         """The parts of `length` elements from each of `starts` on, one after the other."""
         if self._store is None:
-            return torch.cat([self.part(name, start, length) for start in starts])
+            found = [self.part(name, start, length) for start in starts]
+            return torch.cat(found) if len(found) > 1 else found[0]
         info, dtype = self._infos[name], self.dtype(name)
         size = length * dtype.itemsize
         view = memoryview(bytearray(len(starts) * size))

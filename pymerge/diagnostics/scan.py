@@ -143,12 +143,9 @@ def _selection(base: Model | None, models: Sequence[Model], name: str, trim: flo
     starts = [0] if exact else [i * (n - SAMPLE_RUN) // (SAMPLE_RUNS - 1) for i in range(SAMPLE_RUNS)]
     length = n if exact else SAMPLE_RUN
 
-    def sample(model: Model) -> Tensor:
-        return model.parts(name, starts, length)
-
     sampled = len(starts) * length
-    bases = None if base is None else [sample(base)]
-    rows = ops.select(bases, [[sample(m)] for m in models], [round(trim * sampled)] * len(models))
+    bases = None if base is None else [base.parts(name, starts, length)]
+    rows = ops.select(bases, [[m.parts(name, starts, length)] for m in models], [round(trim * sampled)] * len(models))
     # Many deltas of bf16 models are equal; of those at the threshold the same share of the tensor is kept as of the sample.
     rows[:, 1] = torch.where(rows[:, 1] < 0, rows[:, 1], (rows[:, 1] + 1) * n // sampled - 1)
     return rows
