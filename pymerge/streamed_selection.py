@@ -1,7 +1,7 @@
 """Exact selection by magnitude among elements that pass by in parts, in torch operations on the parts' own device, with bounded memory.
 
-For GPUs, whose tensors may not fit as a whole. Their memory is some fifty times as fast as the bus that brings the parts, so operations that
-read a part a few times each keep up with it.
+For GPUs, on which a tensor may not fit as a whole. Their memory is some fifty times as fast as the bus that brings the parts, so operations
+that each read a part once or twice keep up with it.
 
 A sample gives each model a bracket that almost surely holds its k-th key, and a guess inside. A pass counts the keys above the bracket and
 those equal to the guess, and collects the others inside. The counts prove where the k-th key is. If it is elsewhere, the next pass looks
@@ -215,7 +215,7 @@ class StreamedSelection:
         return False
 
     def _among_collected(self, search: _Search, above: int, equal: int) -> tuple[int, int]:
-        """The k-th key and its rank among those equal to it: by histograms of the collected ones, the guess counted in, each of a bin of the one before."""
+        """The k-th key and its rank among those equal to it, by histograms: of all in the bracket, then of one bin of that, and so on."""
         lo, hi, rank = search.lo, search.hi, search.k - above
         while lo < hi:
             shift = max((hi - lo).bit_length() - BINS, 0)

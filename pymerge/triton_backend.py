@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .reference import KEEP_NONE, compute_dtype
 from .spec import MergeSpec, tensor_id
+from .streamed_selection import StreamedSelection
 from .triton_kernels import combine as combine_kernels
 from .triton_kernels import lerp as lerp_kernels
 from .triton_kernels import reduce as reduce_kernels
 from .triton_kernels.compat import INTERPRETED
-from .streamed_selection import StreamedSelection
 from .triton_kernels.launch import CHUNK, Finite, Row, Table, aligned, bits_of, chunks_of, tl_dtype
 from .triton_kernels.rank import CUT, FOUND, SETTLED_WORDS
 from .triton_kernels.rows import KEY_WORD, LARGER_WORD
