@@ -169,14 +169,12 @@ def make_schedule(
         if budget < LEAST_MEMORY:
             raise ValueError(f"a {what} budget of {format_bytes(budget)} is too small; it must be at least {format_bytes(LEAST_MEMORY)}")
     if device is not None and method.cpu_only:
-        raise ValueError(
-            f"{method.name!r} is merged on the CPU only: {method.cpu_only}; leave --device (device=) out, which gives the same files"
-        )
+        raise ValueError(f"{method.name!r} is merged on the CPU only: {method.cpu_only}; leave --device (device=) out")
     cutter = _Cutter(method, dtype, memory, device)
     pieces = list(cutter.pieces(tensors, done))
     jobs = _jobs(pieces, min(BATCH, cutter.budget // 8))
     read = sum(count for piece in pieces for _, _, count in input_pieces(piece).values())
-    on_device = Buffers(0, 0) if device is None else _buffers(jobs, device.memory)
+    on_device = Buffers(0, 0) if device is None else _buffers(jobs, device.memory - cutter.scratch)
     return Schedule(tuple(jobs), _buffers(jobs, memory), read, tuple(cutter.warnings), device, on_device)
 
 
@@ -211,6 +209,7 @@ class _Cutter:
 
     Attributes:
         budget: bytes that the work has where it has least.
+        scratch: most that a tensor needs besides its buffers when it is merged whole.
     """
 
     def __init__(self, method: Method, dtype: str | None, memory: int, device: Device | None) -> None:
@@ -221,6 +220,7 @@ class _Cutter:
         self.budget = memory if device is None else min(memory, device.memory)
         self._gathered = (memory if device is None else device.memory) // 8  # for what a method gathers in a pass
         self._slice = min(SLICE, self.budget // 8)
+        self.scratch = 0
         self.warnings: list[str] = []
 
     def pieces(self, tensors: Sequence[TensorPlan], done: Container[str]) -> Iterable[Piece]:
@@ -275,9 +275,14 @@ class _Cutter:
         """Which budget does not allow a tensor to be merged whole, if one does not. What is merged on a device takes no more than its
         buffers on the host."""
         scratch = self._scratch(tensor, passes)
+        lacking = ""
         if self._device is not None and nbytes + scratch > self._device.memory - self._device.memory // 4:
-            return "device memory"
-        return "memory" if nbytes + (0 if self._device else scratch) > self._memory - self._memory // 4 else ""
+            lacking = "device memory"
+        elif nbytes + (0 if self._device else scratch) > self._memory - self._memory // 4:
+            lacking = "memory"
+        if not lacking:
+            self.scratch = max(self.scratch, scratch)
+        return lacking
 
     def _code(self, info: TensorInfo) -> str:
         """The dtype that an input has when the method gets it."""
@@ -292,10 +297,12 @@ class _Cutter:
         fp8 = sum(info.dtype.startswith("F8") for _, info in tensor.inputs)
         if self._device is None:
             return sum(size_of(code, count) for code in cast) + 4 * count * fp8 + (count * len(tensor.inputs) // 2 if passes else 0)
-        # Models of several dtypes are widened, a result in fp8 is rounded from fp32, and selections have room for more candidates.
+        # Models of several dtypes are widened, a result in fp8 is rounded from fp32, selections have room for more candidates, and methods
+        # that know no slices keep masks of the models and a number per element.
         wide = 4 * count * (len(tensor.inputs) if len({info.dtype for _, info in tensor.inputs}) > 1 else 0)
-        wide += 4 * count * (tensor.output.dtype.startswith("F8"))
-        return sum(size_of(code, count) for code in cast) + 4 * count * fp8 + wide + (2 * count * len(tensor.inputs) if passes else 0)
+        wide += 4 * count * tensor.output.dtype.startswith("F8")
+        own = 2 * count * len(tensor.inputs) if passes else count * (4 + len(tensor.inputs)) if self._method.sliced is None else 0
+        return sum(size_of(code, count) for code in cast) + 4 * count * fp8 + wide + own
 
     def _cut(self, tensor: TensorPlan, group: Group | None, step: int) -> Iterable[Piece]:
         size = _numel(tensor)

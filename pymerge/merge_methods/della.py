@@ -147,7 +147,7 @@ def _chances(rows: Tensor, density: float, epsilon: float) -> Tensor:
     rank = torch.empty_like(order).scatter_(1, order, falling.expand_as(order))
     rank = rank.double()
     # A number from the host would make a GPU multiply by its rounded reciprocal.
-    share = rank / rank.new_tensor(columns - 1) if columns > 1 else rank + 0.5  # one element is neither small nor large
+    share = rank / torch.full_like(rank[:, :1], columns - 1) if columns > 1 else rank + 0.5  # one element is neither small nor large
     return (density - epsilon) + share * (2 * epsilon)
 
 

@@ -150,7 +150,7 @@ class _RunningMean:
         def merge_one(name: str, total: Tensor | None, models: list[Tensor], dtype: torch.dtype, out: Tensor | None) -> Tensor:
             total = models[0] if total is None else _plus(total, models[0])
             # A number from the host would make a GPU multiply by its rounded reciprocal.
-            return round_to(total / total.new_tensor(count), self._dtype or dtypes[name])
+            return round_to(total / torch.full((), count, dtype=total.dtype, device=total.device), self._dtype or dtypes[name])
 
         return (pairs or Paired(None, [self._sum])).result(merge_one)
 

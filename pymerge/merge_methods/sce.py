@@ -93,7 +93,7 @@ def _tensor(base: Tensor, models: list[Tensor], *, select_topk, int8_mask, name,
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
-    count = deltas[0].new_tensor(len(deltas))  # a number from the host would make a GPU multiply by its rounded reciprocal
+    count = torch.full_like(deltas[0][:1], len(deltas))  # a number from the host would make a GPU multiply by its rounded reciprocal
     mean = sum(deltas) / count
     return sum((d - mean) * (d - mean) for d in deltas) / count
 
