@@ -71,17 +71,14 @@ class StreamCeiling:
     def __init__(self, total_bytes: int, reads: int, writes: bool = True) -> None:
         self.total_bytes = total_bytes
         streams = Streams(total_bytes, min(reads, MOST), writes)
-        self._scales, self._ways = {"streams": streams.scale}, {"streams": streams}
+        self._scales, self.ways = {"streams": streams.scale}, {"streams": streams}
         self._copies = Ceiling(total_bytes) if writes else None
         if self._copies is not None:
-            self._ways |= self._copies.ways()
+            self.ways |= self._copies.ways()
             self._scales |= dict.fromkeys(self._copies.ways(), self._copies.scale)
         else:
             numbers = streams._tensors[0]
-            self._ways["sum"], self._scales["sum"] = lambda: numbers.sum(), total_bytes / numbers.nbytes
-
-    def contenders(self, seconds: float) -> dict[str, Contender]:
-        return {name: Contender(run, seconds) for name, run in self._ways.items()}
+            self.ways["sum"], self._scales["sum"] = lambda: numbers.sum(), total_bytes / numbers.nbytes
 
     def scale(self, name: str) -> float:
         """What a time of that way is multiplied with, because it moved fewer bytes."""

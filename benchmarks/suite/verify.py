@@ -141,7 +141,9 @@ def _same(got: Tensor, want: Tensor, what: str, first: int) -> None:
     if not torch.equal(_bits(got), _bits(want)):
         wrong = (_bits(got) != _bits(want)).nonzero().view(-1)
         i = int(wrong[0])
-        raise Wrong(f"{what} differs in {len(wrong)} of {got.numel()} elements, first at {first + i}: {got[i].item()!r}, not {want[i].item()!r}")
+        raise Wrong(
+            f"{what} differs in {len(wrong)} of {got.numel()} elements, first at {first + i}: {got[i].item()!r}, not {want[i].item()!r}"
+        )
 
 
 def select_by_counting(base: Tensor, models: list[Tensor], spec: MergeSpec) -> Tensor:
@@ -220,14 +222,15 @@ def agreement(got: Tensor, ours: Tensor) -> float:
     return close / n
 
 
-def slope(result: Tensor, base: Tensor, models: list[Tensor]) -> float:
-    """How much of the plain sum of deltas is in a merge, by least squares: comparable between random drops that have nothing in common."""
+def slope(result: list[Tensor], base: list[Tensor], models: list[list[Tensor]]) -> float:
+    """How much of the plain sum of deltas is in a merge, by least squares over all tensors: comparable between random drops that have
+    nothing in common."""
     product = square = 0.0
-    result, base, models = result.reshape(-1), base.reshape(-1), [x.reshape(-1) for x in models]
-    for start in range(0, base.numel(), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        b = base[part].double()
-        total = sum(x[part].double() - b for x in models)
-        product += float((result[part].double() - b) @ total)
-        square += float(total @ total)
+    for i, merged in enumerate(result):
+        whole = [x.reshape(-1) for x in (merged, base[i], *(model[i] for model in models))]
+        for start in range(0, merged.numel(), _CHUNK):
+            out, b, *xs = (x[start : start + _CHUNK].double() for x in whole)
+            total = sum(x - b for x in xs)
+            product += float((out - b) @ total)
+            square += float(total @ total)
     return product / square

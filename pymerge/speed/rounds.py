@@ -33,24 +33,22 @@ class Times:
     @property
     def quartiles(self) -> tuple[float, float]:
         """First and third; the only value's, twice, where there is one."""
-        return _quartiles(self.ms)
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    if len(values) == 1:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
+        if len(self.ms) == 1:
+            return self.ms[0], self.ms[0]
+        first, _, third = statistics.quantiles(self.ms, n=4, method="inclusive")
+        return first, third
 
 
 def ratio(a: Times, b: Times) -> tuple[float, float, float]:
-    """Median and quartiles of a's time over b's, round by round: a machine that is slow for a while is slow for both.
+    """Median and quartiles of a's time over b's.
 
-    Where one of them has fewer rounds, the rounds that both have count; the median is that of all times then.
+    Round by round where both have the same rounds: a machine that is slow for a while is slow for both. Else of the medians, and between
+    the quartiles that are the farthest apart.
     """
-    pairs = [x / y for x, y in zip(a.ms, b.ms)]
-    median = statistics.median(pairs) if len(a.ms) == len(b.ms) else a.median / b.median
-    return median, *_quartiles(pairs)
+    if len(a.ms) == len(b.ms):
+        pairs = Times([x / y for x, y in zip(a.ms, b.ms)])
+        return pairs.median, *pairs.quartiles
+    return a.median / b.median, a.quartiles[0] / b.quartiles[1], a.quartiles[1] / b.quartiles[0]
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,15 @@ class Contender:
     last_ms: float = 0.0
 
 
-def interleave(contenders: Mapping[str, Contender], rounds: int, enough: Callable[[], bool] = lambda: False) -> dict[str, Times]:
+def interleave(
+    contenders: Mapping[str, Contender], rounds: int, enough: Callable[[dict[str, Times]], bool] = lambda times: False
+) -> dict[str, Times]:
     """Time each contender in turn, in every round, until it has had `rounds` rounds or its seconds are spent.
 
     Args:
         contenders: by name, in the order in which they run.
         rounds: at most.
-        enough: asked after each round; True ends it.
+        enough: asked after each round, with the times so far; True ends it.
     """
     times = {name: Times([c.last_ms] if c.last_ms > 1e3 * c.seconds else []) for name, c in contenders.items()}
     spent = dict.fromkeys(contenders, 0.0)
@@ -88,6 +88,6 @@ def interleave(contenders: Mapping[str, Contender], rounds: int, enough: Callabl
                 contender.run()
             done.append(elapsed_ms(contender.run))
             spent[name] += time.perf_counter() - began
-        if enough():
+        if enough(times):
             break
     return times
