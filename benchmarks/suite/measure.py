@@ -56,7 +56,7 @@ class Case:
 
 
 def measure(case: Case, inputs: Inputs, effort: Effort, say: Callable[[str], None] = lambda line: None) -> dict:
-    """Raises verify.Wrong when pymerge's result is wrong; a rival that is wrong, missing or too large is a row's `rivals` entry that says so."""
+    """Raises verify.Wrong when pymerge's result is wrong. A rival that is wrong, missing or too large has an entry that says so."""
     torch.set_num_threads(case.threads)
     method = METHODS[case.method]
     inputs = method.prepared(inputs.first(case.models))

@@ -69,7 +69,7 @@ def _fused(convention: str | Convention, sparsify: str = "none", elect: bool = F
 
 
 def _arc(base: Tensor, models: list[Tensor], density: float) -> MergeSpec:
-    """Shoemake's coefficients, for vectors that are neither parallel nor zero; base and model are the two models of a merge without base."""
+    """Shoemake's coefficients, for vectors neither parallel nor zero; base and model are the two models of a merge without a base."""
     aa, bb, ab = reference.dots(base, models[0]).tolist()
     theta = math.acos(ab / math.sqrt(aa) / math.sqrt(bb))
     coefficients = math.sin((1 - ALPHA) * theta) / math.sin(theta), math.sin(ALPHA * theta) / math.sin(theta)

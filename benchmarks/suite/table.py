@@ -108,7 +108,7 @@ def print_result(result: dict) -> None:
     for i, row in enumerate(rows):
         last = i + 1 == len(rows) or rows[i + 1]["group"] != row["group"]
         table.add_row(*(cell(row) for _, cell in COLUMNS), end_section=last)
-    Console(width=170).print(table)
+    Console(width=190).print(table)
     for text in _missing(rows):
         print(text)
 
@@ -154,7 +154,7 @@ def legend(result: dict) -> str:
     text = (
         f"{machine['cores']} cores of {machine['cpu']} ({machine['isa']}), torch {machine['torch']}{', ' + others if others else ''}, "
         f"{result['date']}, commit {result['commit']}. Medians; in brackets the quartiles. GB/s: inputs read once and output written once. "
-        "x copy: the time over that of the fastest parallel way to move those bytes, in turn with it. extra MB: memory beside inputs and output. "
-        "Then how many times faster than others, in turn too. Every result is verified before it is timed."
+        "x copy: the time over that of the fastest parallel way to move those bytes, in turn with it. extra MB: memory beside "
+        "inputs and output. Then how many times faster than others, in turn too. Every result is verified before it is timed."
     )
     return "\n".join(textwrap.wrap(text, 138))
