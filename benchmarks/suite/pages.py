@@ -45,7 +45,7 @@ def _all(result: dict, name: str) -> str:
     by_title: dict[str, list[dict]] = {}
     for row in result["rows"]:
         by_title.setdefault(titles[row["group"].split()[0]], []).append(row)
-    parts = [f"From `benchmarks/results/{name}`: {legend(result)}", "### The memory, GB/s", bandwidth_markdown(result["bandwidth"])]
+    parts = [f"{legend(result)}\nFrom `benchmarks/results/{name}`.", "### The memory, GB/s", bandwidth_markdown(result["bandwidth"])]
     for title, rows in by_title.items():
         parts += [f"### {title}", markdown(rows)]
     return "\n\n".join(parts)
