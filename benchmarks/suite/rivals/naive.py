@@ -45,12 +45,12 @@ def each(inputs: Inputs, function):
 def rivals(method: str, inputs: Inputs, density: float) -> list[Rival]:
     need = _BYTES[method] * len(inputs.models)
     if method == "diagnose":
-        return [Rival("separate torch operations", lambda: _diagnosis(inputs), need)] if inputs.layout == "one" else []
+        return (
+            [Rival("separate torch operations", lambda: baselines.diagnosis(inputs.base, inputs.models), need)]
+            if inputs.layout == "one"
+            else []
+        )
     function = formula(method, density)
     # Its slerp takes the angle from fp32 sums in another order.
     least = 0.99 if method == "slerp" else 0.95 if method == "ties" else 0.999
     return [Rival("naive torch", lambda: each(inputs, function), need, random=method.startswith("dare"), least=least)]
-
-
-def _diagnosis(inputs: Inputs) -> list:
-    return baselines.diagnosis(inputs.base, inputs.models)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from importlib.metadata import version
 
 from mergekit.merge_methods import merge_tensors
 
@@ -14,13 +15,6 @@ from .naive import each
 __all__ = ["rivals"]
 
 METHODS = ("linear", "task_arithmetic", "slerp", "ties", "dare_linear", "dare_ties")
-
-
-@functools.cache
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("mergekit")
 
 
 def _merge(method: str, density: float, base, models, average):
@@ -44,4 +38,4 @@ def rivals(method: str, inputs: Inputs, density: float) -> list[Rival]:
     # Its deltas and sums are rounded to bf16, and its argsort takes any of the elements at the k-th magnitude.
     least = 0.9 if method in ("ties", "slerp") else 0.99
     run = functools.partial(_merge, method, density)
-    return [Rival(f"mergekit {_version()}", lambda: each(inputs, run), need, random=method.startswith("dare"), least=least)]
+    return [Rival(f"mergekit {version('mergekit')}", lambda: each(inputs, run), need, random=method.startswith("dare"), least=least)]
