@@ -39,7 +39,7 @@ def block_sums(base: Tensor, deltas: Sequence[Tensor]) -> Tensor:
     fp32 numbers is computed in fp64 where the largest magnitude in `base` or in a delta is neither 0 nor within :data:`TAME`.
 
     So a product of fp32 vectors differs from the exact one by at most 2**-17 times the product of their norms, and an L1 norm and the sum
-    of absolute sums by at most 2**-17 times the sum of the L1 norms: at most 63 + 64 roundings of 2**-24 each. Usually it is a thousandth
+    of absolute sums by at most 2**-17 times the sum of the L1 norms: at most 63 + 64 roundings of 2**-24 each. Usually it is a hundredth
     of that, because roundings cancel.
 
     Args:
