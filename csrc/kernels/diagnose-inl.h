@@ -121,17 +121,15 @@ void AddProducts(const R (*x)[kRun], int vectors, int64_t n, R* lanes) {
   }
 }
 
-// Bits of elements [i, i + kLanes), a multiple of kLanes; those of a word in order. Sixteen or eight are stored as they are, on a
-// little-endian machine, which is cheaper than to shift them together in registers.
+// Puts the bits of a vector of elements, the v-th of 64, into their word. Sixteen or eight are stored as they are, on a little-endian machine,
+// which is cheaper than to shift them together in a register.
 template <class L>
-inline void StoreBits(uint64_t* words, int64_t i, typename L::Mask mask) {
-  if constexpr (L::kLanes == 16) {
-    const uint16_t bits = static_cast<uint16_t>(L::Bits(mask));
-    memcpy(reinterpret_cast<unsigned char*>(words) + i / 8, &bits, sizeof(bits));
-  } else if constexpr (L::kLanes == 8) {
-    reinterpret_cast<unsigned char*>(words)[i / 8] = static_cast<unsigned char>(L::Bits(mask));
+inline void PutBits(typename L::Mask mask, int v, uint64_t* word) {
+  const uint64_t bits = L::Bits(mask);
+  if constexpr (L::kLanes >= 8) {
+    memcpy(reinterpret_cast<unsigned char*>(word) + v * L::kLanes / 8, &bits, L::kLanes / 8);
   } else {
-    words[i / 64] = (i % 64 ? words[i / 64] : 0) | L::Bits(mask) << (i % 64);
+    *word = (v ? *word : 0) | bits << (v * L::kLanes);
   }
 }
 
@@ -152,6 +150,9 @@ inline int64_t MeasureModel(const T* x, const R* base, int64_t n, R threshold, R
   typename L::Vec sum[kVectors];
   for (int v = 0; v < kVectors; ++v) sum[v] = L::Load(lanes + v * L::kLanes);
   for (int64_t row = 0; row < n; row += kSumLanes) {
+    uint64_t positive, negative;
+    uint64_t* const positives = L::kLanes >= 8 ? kept->positive + row / 64 : &positive;
+    uint64_t* const negatives = L::kLanes >= 8 ? kept->negative + row / 64 : &negative;
     for (int v = 0; v < kVectors; ++v) {
       const int64_t i = row + v * L::kLanes;
       const auto d = L::Sub(L::Load(x + i), L::Load(base + i));
@@ -159,10 +160,11 @@ inline int64_t MeasureModel(const T* x, const R* base, int64_t n, R threshold, R
       const auto keys = L::KeysOf(d);
       largest = L::Max(largest, keys);
       sum[v] = L::Add(sum[v], L::ValuesOf(keys));
-      StoreBits<L>(kept->positive, i, L::Below(above, d));
-      StoreBits<L>(kept->negative, i, L::Below(d, below));
+      PutBits<L>(L::Below(above, d), v, positives);
+      PutBits<L>(L::Below(d, below), v, negatives);
       zeros = L::CountIf(zeros, L::IsZero(d));
     }
+    if constexpr (L::kLanes < 8) kept->positive[row / 64] = positive, kept->negative[row / 64] = negative;
   }
   for (int v = 0; v < kVectors; ++v) L::Store(lanes + v * L::kLanes, sum[v]);
   *top = L::ReduceMax(largest);
