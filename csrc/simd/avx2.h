@@ -172,17 +172,23 @@ struct Words {
   using Vec = __m256i;
   static constexpr int kLanes = 4;
   static Vec Set(uint64_t x) { return _mm256_set1_epi64x(static_cast<int64_t>(x)); }
-  static Vec Iota(uint64_t first) { return _mm256_add_epi64(Set(first), _mm256_setr_epi64x(0, 1, 2, 3)); }
+  // first, first + 1, ...: lane 2 l has the l-th, lane 2 l + 1 the one two after it, as Below unpacks them.
+  static Vec Counters(uint64_t first) { return _mm256_add_epi64(Set(first), _mm256_setr_epi64x(0, 2, 1, 3)); }
   static Vec MulLow(Vec a, Vec b) { return _mm256_mul_epu32(a, b); }
   static Vec High(Vec a) { return _mm256_srli_epi64(a, 32); }
   static Vec Xor(Vec a, Vec b, Vec c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-  static uint32_t Below(Vec a, Vec bound) {
-    const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u));  // signed compare of flipped words is an unsigned one
-    const __m256i below = _mm256_cmpgt_epi32(_mm256_xor_si256(bound, sign), _mm256_xor_si256(a, sign));
-    return _pext_u32(static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(below))), 0x55u);
+  static Vec Xor(Vec a, Vec b) { return _mm256_xor_si256(a, b); }
+  // Bit 4 l + j: word j of the l-th counter is below every word of `bound`.
+  static uint64_t Below(Vec c0, Vec c1, Vec c2, Vec c3, Vec bound) {
+    const Vec c01 = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA), c23 = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
+    return LessMask(_mm256_unpacklo_epi64(c01, c23), bound) | LessMask(_mm256_unpackhi_epi64(c01, c23), bound) << 8;
   }
-  static uint64_t Interleave(const uint32_t masks[4]) {
-    return _pdep_u32(masks[0], 0x1111u) | _pdep_u32(masks[1], 0x2222u) | _pdep_u32(masks[2], 0x4444u) | _pdep_u32(masks[3], 0x8888u);
+
+ private:
+  static uint32_t LessMask(Vec a, Vec b) {
+    const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u));  // signed compare of flipped words is an unsigned one
+    const __m256i less = _mm256_cmpgt_epi32(_mm256_xor_si256(b, sign), _mm256_xor_si256(a, sign));
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(less)));
   }
 };
 

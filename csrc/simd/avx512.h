@@ -142,16 +142,18 @@ struct Words {
   using Vec = __m512i;
   static constexpr int kLanes = 8;
   static Vec Set(uint64_t x) { return _mm512_set1_epi64(static_cast<int64_t>(x)); }
-  static Vec Iota(uint64_t first) { return _mm512_add_epi64(Set(first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)); }
+  // first, first + 1, ...: lane 2 l has the l-th, lane 2 l + 1 the one four after it, as Below unpacks them.
+  static Vec Counters(uint64_t first) { return _mm512_add_epi64(Set(first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7)); }
   static Vec MulLow(Vec a, Vec b) { return _mm512_mul_epu32(a, b); }
   static Vec High(Vec a) { return _mm512_srli_epi64(a, 32); }
   static Vec Xor(Vec a, Vec b, Vec c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
-  // Bit l: the low word of lane l is below `bound`, a vector of words.
-  static uint32_t Below(Vec a, Vec bound) { return _pext_u32(_mm512_cmplt_epu32_mask(a, bound), 0x5555u); }
-  // Bits 0..kLanes-1 of four masks, interleaved: bit 4 l + j is bit l of masks[j].
-  static uint64_t Interleave(const uint32_t masks[4]) {
-    return _pdep_u32(masks[0], 0x11111111u) | _pdep_u32(masks[1], 0x22222222u) | _pdep_u32(masks[2], 0x44444444u) |
-           _pdep_u32(masks[3], 0x88888888u);
+  static Vec Xor(Vec a, Vec b) { return _mm512_xor_si512(a, b); }
+  // Bit 4 l + j: word j of the l-th counter is below every word of `bound`.
+  static uint64_t Below(Vec c0, Vec c1, Vec c2, Vec c3, Vec bound) {
+    const Vec c01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, _MM_PERM_CCAA), c23 = _mm512_mask_shuffle_epi32(c2, 0xAAAA, c3, _MM_PERM_CCAA);
+    const uint32_t low = _mm512_cmplt_epu32_mask(_mm512_unpacklo_epi64(c01, c23), bound);
+    const uint32_t high = _mm512_cmplt_epu32_mask(_mm512_unpackhi_epi64(c01, c23), bound);
+    return low | high << 16;
   }
 };
 
