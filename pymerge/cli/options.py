@@ -9,7 +9,7 @@ import click
 from ..checkpoint.dtypes import CHOICES
 from ..checkpoint.sizes import parse_bytes
 
-__all__ = ["DTYPES", "Size", "as_json", "merge_options"]
+__all__ = ["DTYPES", "Size", "as_json", "budget_options", "chosen_device", "device_as_dict", "device_option", "merge_options"]
 
 DTYPES = CHOICES
 
@@ -47,3 +47,45 @@ def merge_options(function: Callable) -> Callable:
     for option in reversed(_MERGE_OPTIONS):
         function = option(function)
     return function
+
+
+device_option = click.option(
+    "--device", metavar="NAME", help="Merge on this GPU: cuda, cuda:1; by default on the CPU. The files are the same."
+)
+
+_BUDGET_OPTIONS = (
+    click.option(
+        "--memory", type=Size(), metavar="SIZE", help="Budget for tensors on their way: 2GB; by default 4GB or a quarter of the memory."
+    ),
+    device_option,
+    click.option(
+        "--device-memory",
+        type=Size(),
+        metavar="SIZE",
+        help="Budget on the device; by default as much as --memory, but no more than nine tenths of what is free.",
+    ),
+)
+
+
+def budget_options(function: Callable) -> Callable:
+    """Adds the options that decide where and with how much memory a merge works."""
+    for option in reversed(_BUDGET_OPTIONS):
+        function = option(function)
+    return function
+
+
+def chosen_device(device: str | None, device_memory: int | None, memory: int | None):
+    """The device of these options, None for the CPU; an error of usage where there is none such."""
+    if device is None and device_memory is None:
+        return None
+    from ..checkpoint.device import choose_device
+
+    try:
+        return choose_device(device, device_memory, memory)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def device_as_dict(device) -> dict | None:
+    """A device as JSON documents have it; None for the CPU."""
+    return device and {"name": str(device.device), "backend": device.backend, "memory_bytes": device.memory}

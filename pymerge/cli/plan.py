@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..checkpoint.sizes import format_bytes
-from .options import as_json, merge_options
+from .options import as_json, budget_options, chosen_device, device_as_dict, merge_options
 from .text import count, number, print_json, printable, table
 
 __all__ = ["command"]
@@ -20,25 +20,31 @@ WORKSPACE = 350_000_000
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @merge_options
+@budget_options
 @click.option("-v", "--verbose", "-t", "--tensors", "verbose", is_flag=True, help="List every tensor with its parameters.")
 @as_json
-def command(recipe, out, verbose, as_json, **options) -> None:
+def command(recipe, out, memory, device, device_memory, verbose, as_json, **options) -> None:
     """Check RECIPE against the models it names, and OUT if given; show what would be read, merged and written, and the memory it takes.
 
     Reads headers only and writes nothing. Exits with 2 and lists every problem when the merge could not be done.
     """
     from ..checkpoint.plan import make_plan
 
+    chosen = chosen_device(device, device_memory, memory)
     with make_plan(recipe, out, **options) as plan:
+        try:
+            schedule = plan.schedule(memory, device=chosen)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
         if as_json:
-            print_json("plan/1", _as_dict(plan, verbose))
+            print_json("plan/1", _as_dict(plan, schedule, verbose))
         else:
-            _print(plan, verbose)
+            _print(plan, schedule, verbose)
             if out is None:
                 click.echo(f"\nto do it: pymerge merge {recipe} OUT")
 
 
-def _as_dict(plan, tensors: bool) -> dict:
+def _as_dict(plan, schedule, tensors: bool) -> dict:
     result = {
         "merge_method": plan.method.name,
         "recipe": plan.recipe.to_dict(),
@@ -48,12 +54,13 @@ def _as_dict(plan, tensors: bool) -> dict:
         ],
         "tensors": len(plan.tensors),
         "copied_tensors": sum(t.copied for t in plan.tensors),
-        "bytes_read": plan.schedule().bytes_read,
+        "bytes_read": schedule.bytes_read,
         "bytes_written": plan.bytes_written,
-        "memory_bytes": plan.schedule().buffers.total + WORKSPACE,
+        "memory_bytes": schedule.buffers.total + WORKSPACE,
+        "device": device_as_dict(schedule.device),
         "files": [{"name": shard.file_name, "bytes": shard.size} for shard in plan.layout.shards],
         "config_from": str(plan.donor) if plan.donor else None,
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *schedule.warnings],
     }
     if tensors:
         result["tensor_list"] = [
@@ -74,8 +81,8 @@ def _inputs(plan) -> list[tuple[str, str, int]]:
     return [(name, "base" if index in plan.bases else "model", index) for index, name in enumerate(plan.names)]
 
 
-def _print(plan, tensors: bool) -> None:
-    for warning in plan.warnings:
+def _print(plan, schedule, tensors: bool) -> None:
+    for warning in (*plan.warnings, *schedule.warnings):
         click.echo(f"warning: {warning}", err=True)
     click.echo(f"method   {plan.method.name}: {plan.method.summary}")
     for name, role, index in _inputs(plan):
@@ -86,13 +93,17 @@ def _print(plan, tensors: bool) -> None:
     click.echo(
         f"merge    {count(len(plan.tensors) - copied, 'tensor')}" + (f", copy {copied} that are not floating point" if copied else "")
     )
-    click.echo(f"read     {format_bytes(plan.schedule().bytes_read)}")
+    click.echo(f"read     {format_bytes(schedule.bytes_read)}")
     shards = plan.layout.shards
     files = shards[0].file_name if len(shards) == 1 else f"{len(shards)} files of at most {format_bytes(max(s.size for s in shards))}"
     dtypes = ", ".join(sorted({t.output.dtype for t in plan.tensors}))
     click.echo(f"write    {format_bytes(plan.bytes_written)} of {dtypes} in {files}")
-    buffers = plan.schedule().buffers.total
+    buffers = schedule.buffers.total
     click.echo(f"memory   about {format_bytes(buffers + WORKSPACE)}, of which {format_bytes(buffers)} for tensors on their way")
+    if schedule.device is not None:
+        device, buffers = schedule.device, schedule.device_buffers.total
+        memory = f"at most {format_bytes(device.memory)}, of which {format_bytes(buffers)} for tensors on their way"
+        click.echo(f"device   {device.title}, by {device.backend}: {memory}")
     if plan.donor:
         click.echo(f"copy     config and tokenizer of {plan.donor}")
     if tensors:

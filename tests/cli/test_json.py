@@ -14,12 +14,12 @@ from .test_commands import environment, run
 
 SIZES = {"tensors", "parameters", "bytes"}
 DRIFT = {"name", "tensors", "elements", "bytes", "relative_drift", "max_abs", "cosine", "changed", "changed_fraction"}
-MERGE = {"out", "merge_method", "files", "tensors", "bytes_read", "bytes_written", "seconds", "stages", "warnings"}
+MERGE = {"out", "merge_method", "files", "tensors", "bytes_read", "bytes_written", "seconds", "stages", "warnings", "device"}
 KEYS = {
     "merge/1": {"merges", "there_already"},
     "plan/1": {
         "merge_method", "recipe", "models", "tensors", "copied_tensors", "bytes_read", "bytes_written", "memory_bytes", "files",
-        "config_from", "warnings",
+        "config_from", "warnings", "device",
     },
     "inspect/1": {"path", "files", "dtypes", "layers", *SIZES},
     "diff/1": {"a", "b", "equal", "total", "by", "rows", "only_in_a", "only_in_b", "different_shape", "different_dtype"},
