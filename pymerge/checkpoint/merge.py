@@ -15,7 +15,7 @@ import torch
 from .. import ops
 from ..recipe.schema import Recipe
 from .adapter_recipe import is_adapter_recipe, merge_adapter_recipe
-from .extras import CardInput, config_with_dtype, files_to_copy, model_card, read_small
+from .beside import card_of, extra_files
 from .format import CheckpointError, InputChangedError
 from .inputs import Hashes, InputFiles
 from .many import plan_merges
@@ -30,9 +30,6 @@ from .target import is_file_target
 from .writer import CheckpointWriter
 
 __all__ = ["MergeError", "MergeReport", "merge", "run_plan"]
-
-TITLE = "Merged model"
-"""Of the model card: not the output's name, because the same merge writes the same files wherever it writes them."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ def run_plan(
     began = time.perf_counter()
     out = Path(out).absolute()
     single = is_file_target(out)
-    extras = {} if single else _extra_files(plan)
+    extras = {} if single else extra_files(plan)
     inputs = InputFiles(plan.checkpoints)
     with CheckpointWriter(out, plan.layout, force=force, resume=resume, description=describe(plan, inputs, extras)) as writer:
         resumed = len(writer.done)
@@ -176,7 +173,7 @@ def run_plan(
                 inputs.check()
                 if not single:
                     extras[FILE_NAME] = provenance(plan, digests)
-                    extras["README.md"] = _model_card(plan, "config.json" in extras, digests)
+                    extras["README.md"] = card_of(plan, "config.json" in extras, digests)
                     for name, content in extras.items():
                         writer.add_file(name, content)
                 writer.commit()
@@ -239,37 +236,3 @@ def _compute_threads(count: int | None):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _extra_files(plan: Plan) -> dict[str, bytes]:
-    content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
-    if plan.alignment is not None:
-        content = plan.alignment.replace(content)
-    plan.changes.apply(content)
-    if "config.json" in content:
-        content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))
-    content["README.md"] = _model_card(plan, "config.json" in content, {})
-    return content
-
-
-def _model_card(plan: Plan, transformers: bool, digests: Mapping[Path, str]) -> bytes:
-    inputs = [
-        CardInput(
-            name,
-            index in plan.bases,
-            store.nbytes,
-            tuple(sorted({info.dtype for info in store.tensors.values()})),
-            tuple((file.name, digests[file]) for file in store.files if file in digests),
-        )
-        for index, (name, store) in enumerate(zip(plan.names, plan.checkpoints, strict=True))
-    ]
-    return model_card(plan.recipe, TITLE, inputs, transformers).encode()
-
-
-def _main_dtype(plan: Plan) -> str:
-    """The dtype of most of the output's bytes."""
-    sizes: dict[str, int] = {}
-    for tensor in plan.tensors:
-        if not tensor.copied:
-            sizes[tensor.output.dtype] = sizes.get(tensor.output.dtype, 0) + tensor.output.nbytes
-    return max(sizes, key=lambda code: (sizes[code], code)) if sizes else "F32"

@@ -8,7 +8,7 @@ import click
 
 from ..checkpoint.meter import STAGES, Meter
 from ..checkpoint.sizes import format_bytes
-from .options import Size, as_json, merge_options
+from .options import as_json, memory_option, merge_options
 from .text import count, print_json
 
 __all__ = ["command"]
@@ -21,9 +21,7 @@ __all__ = ["command"]
 @click.option("--resume", is_flag=True, help="Continue where an interrupted merge into OUT ended, if there was one.")
 @click.option("--verify", is_flag=True, help="Record the inputs' SHA-256; reads them once more.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads that read and compute; by default one per CPU.")
-@click.option(
-    "--memory", type=Size(), metavar="SIZE", help="Budget for tensors on their way: 2GB; by default 4GB or a quarter of the memory."
-)
+@memory_option
 @click.option("--no-check-finite", is_flag=True, help="Let NaN and infinities in inputs through.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what reading, merging and writing took.")

@@ -9,7 +9,7 @@ import click
 from ..checkpoint.dtypes import CHOICES
 from ..checkpoint.sizes import parse_bytes
 
-__all__ = ["DTYPES", "Size", "as_json", "merge_options"]
+__all__ = ["DTYPES", "Size", "as_json", "memory_option", "merge_options"]
 
 DTYPES = CHOICES
 
@@ -29,6 +29,13 @@ class Size(click.ParamType):
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, also for an error.")
+
+memory_option = click.option(
+    "--memory",
+    type=Size(),
+    metavar="SIZE",
+    help="Budget for tensors on their way: 2GB; by default 4GB or a quarter of the memory that there is.",
+)
 
 _MERGE_OPTIONS = (
     click.option(
