@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..recipe.problems import Problems
     from .sources import Sources
 
-__all__ = ["check_out", "check_target", "is_file_target", "lack_of_room"]
+__all__ = ["check_out", "check_target", "clash", "is_file_target", "lack_of_room"]
 
 
 def is_file_target(out: Path) -> bool:
@@ -27,9 +27,9 @@ def check_out(out: Path, force: bool, nbytes: int, sources: Sources, problems: P
     """Add to `problems` what speaks against writing `nbytes` to `out`."""
     out = out.absolute()
     for checkpoint in sources.checkpoints:
-        clash = _clash(out.resolve(), checkpoint.path.resolve(), {file.resolve() for file in checkpoint.files})
-        if clash:
-            problems.add_elsewhere(str(out), clash)
+        problem = clash(out.resolve(), checkpoint.path.resolve(), {file.resolve() for file in checkpoint.files})
+        if problem:
+            problems.add_elsewhere(str(out), problem)
             return
     unfinished = partial_of(out)
     try:
@@ -100,7 +100,8 @@ def check_target(out: Path, force: bool) -> str | None:
     return None
 
 
-def _clash(out: Path, source: Path, files: set[Path]) -> str | None:
+def clash(out: Path, source: Path, files: set[Path]) -> str | None:
+    """What speaks against writing to `out` by reading from `source` and its `files`, None when nothing does. All paths are resolved."""
     if out == source or out in files:
         return f"is an input of the merge ({source}); choose another name"
     if source.is_dir() and source in out.parents:

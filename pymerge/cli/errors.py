@@ -66,9 +66,8 @@ def _explain(error: Exception) -> Explanation | None:
         return _recipe(error)
     for name, kind in _KINDS.items():
         if isinstance(error, known.get(name, ())):
-            hint = "; --no-check-finite merges it anyway" if name == "NonFiniteError" else ""
-            message = str(error).replace("; pass check_finite=False to merge them anyway", "")
-            return Explanation(kind, f"{message}{hint}", REFUSED if kind == "resume" else status)
+            message = str(error).replace("; pass check_finite=False to merge them anyway", "; --no-check-finite merges it anyway")
+            return Explanation(kind, message, REFUSED if kind == "resume" else status)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         advice = _ADVICE.get(error.errno or 0, "")

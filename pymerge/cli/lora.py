@@ -87,10 +87,8 @@ class _usage_errors:
         return None
 
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is ValueError:
+        if kind in (ValueError, FileExistsError):
             raise click.UsageError(str(error)) from None
-        if kind is FileExistsError:
-            raise click.UsageError(f"{error}; --force replaces an adapter") from None
 
 
 def _print(report, as_json: bool) -> None:

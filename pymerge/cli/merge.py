@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from ..checkpoint.meter import STAGES, Meter
 from ..checkpoint.sizes import format_bytes
@@ -12,6 +13,8 @@ from .options import as_json, memory_option, merge_options
 from .text import count, print_json
 
 __all__ = ["command"]
+
+NOT_FOR_ADAPTERS = ("resume", "shard_size", "threads", "memory", "download", "no_check_finite")
 
 
 @click.command("merge", short_help="Merge checkpoints by a recipe.")
@@ -84,6 +87,10 @@ def command(recipe, out, force, resume, verify, threads, memory, no_check_finite
 def _merge_adapters(recipe, out, options: dict, force: bool, told: bool, as_json: bool) -> None:
     from ..checkpoint.adapter_recipe import merge_adapter_recipe
 
+    given = [name for name in NOT_FOR_ADAPTERS if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given and told:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        click.echo(f"warning: {names}: without effect, adapters are merged in one go", err=True)
     report = merge_adapter_recipe(recipe, out, dtype=options["out_dtype"] or options["dtype"], seed=options["seed"], force=force)
     for warning in report.warnings if told else ():
         click.echo(f"warning: {warning}", err=True)

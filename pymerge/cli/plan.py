@@ -31,6 +31,11 @@ def command(recipe, out, memory, write_rate, verbose, as_json, **options) -> Non
     Writes nothing. Reads headers, and up to 128 MB of tensors for the estimate of the time. Of several recipes in one file all are
     planned, also those that use results of others. Exits with 2 and lists every problem when the merge could not be done.
     """
+    from ..checkpoint.adapter_recipe import is_adapter_recipe
+
+    if is_adapter_recipe(recipe):
+        _plan_adapters(recipe, out, as_json, options)
+        return
     from ..checkpoint.estimate import WRITE_RATE, estimate
     from ..checkpoint.many import plan_all
 
@@ -64,6 +69,34 @@ def command(recipe, out, memory, write_rate, verbose, as_json, **options) -> Non
             click.echo("nothing to do: every result is there")
         if out is None:
             click.echo(f"\nto do it: pymerge merge {recipe} OUT")
+
+
+def _plan_adapters(recipe: Path, out: Path | None, as_json: bool, options: dict) -> None:
+    """Of a recipe of adapters: what would be merged. The time is that of the SVDs and is not estimated."""
+    from ..checkpoint.adapter_recipe import adapters_planned
+
+    asked = options["out_dtype"] or options["dtype"]
+    with adapters_planned(recipe, out, dtype=asked, seed=options["seed"], force=options["force"]) as job:
+        ranks = [sorted({change.rank for change in adapter.modules.values()}) for adapter in job.adapters]
+        nbytes = sum(adapter.store.nbytes for adapter in job.adapters)
+        if as_json:
+            models = [
+                {"name": str(a.path), "path": str(a.path), "role": "adapter", "bytes": a.store.nbytes, "ranks": own}
+                for a, own in zip(job.adapters, ranks, strict=True)
+            ]
+            content = {"out": None if out is None else str(out), "merge_method": job.name, "models": models, "modules": len(job.names)}
+            print_json("plan/2", {"adapter": {**content, "bytes_read": nbytes, "warnings": list(job.warnings)}})
+            return
+        for warning in job.warnings:
+            click.echo(f"warning: {warning}", err=True)
+        click.echo(f"method   {job.describe()}")
+        for adapter, own in zip(job.adapters, ranks, strict=True):
+            each = f"rank{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}"
+            click.echo(f"adapter  {adapter.path}  ({count(len(adapter.modules), 'module')}, {each}, {format_bytes(adapter.store.nbytes)})")
+        click.echo(f"merge    {count(len(job.names), 'module')} into a new adapter")
+        click.echo(f"read     {format_bytes(nbytes)}")
+    if out is None:
+        click.echo(f"\nto do it: pymerge merge {recipe} OUT")
 
 
 def _as_dict(merge, schedule, tensors: bool) -> dict:
