@@ -46,9 +46,14 @@ class Journal:
             os.ftruncate(self.fd, self._end)
             self._end = None
         line = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-        while len(line):
-            line = line[os.write(self.fd, line) :]
-        datasync(self.fd)
+        before = os.fstat(self.fd).st_size
+        try:
+            while len(line):
+                line = line[os.write(self.fd, line) :]
+            datasync(self.fd)
+        except OSError:  # the disk is full, say: a part of a line must not become the beginning of the next
+            self._end = before
+            raise
 
     def clear(self) -> None:
         """Forget everything."""

@@ -21,6 +21,7 @@ from .inputs import Hashes, InputFiles
 from .many import plan_merges
 from .merger import MergeError, TensorMerger
 from .meter import Meter
+from .notes import add_note
 from .pipeline import run
 from .plan import Plan
 from .provenance import FILE_NAME, provenance
@@ -179,7 +180,9 @@ def run_plan(
                 writer.commit()
             except BaseException as error:
                 if _worth_resuming(error, inputs):
-                    _add_note(error, writer.keep())
+                    kept = writer.keep()
+                    if kept is not None:
+                        add_note(error, kept)
                 else:
                     writer.discard()
                 raise
@@ -220,11 +223,6 @@ def _worth_resuming(error: BaseException, inputs: InputFiles) -> bool:
     except CheckpointError:
         return False
     return not isinstance(error, InputChangedError)
-
-
-def _add_note(error: BaseException, note: str | None) -> None:
-    if note is not None:
-        error.__notes__ = [*getattr(error, "__notes__", ()), note]  # what add_note of Python 3.11 does
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .journal import Journal
+from .notes import naming
 from .rename import exchange, sync_folder
 
 __all__ = ["OutputInUseError", "Partial", "partial_of", "peek"]
@@ -140,7 +141,8 @@ class Partial:
     def commit(self, source: Path) -> None:
         """Give `source`, the complete output, its name. Whatever was there is replaced; remove it with :meth:`remove`."""
         # After a swap, `source` is what was replaced. This record tells a later process which of the two is which.
-        self.journal.append({"commit": _identity(source)})
+        with naming(self.folder / JOURNAL):
+            self.journal.append({"commit": _identity(source)})
         if source.is_dir() and self.out.exists() and any(self.out.iterdir()):
             if not exchange(source, self.out):
                 self._swap(source)

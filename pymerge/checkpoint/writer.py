@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 
 from .journal import datasync
 from .layout import Layout, Shard
-from .partial import Partial, committed
+from .notes import add_note, naming
+from .partial import JOURNAL, Partial, committed
 from .rename import sync_folder
 from .resume import ResumeError, difference
 from .sizes import format_bytes
@@ -123,7 +126,7 @@ class CheckpointWriter:
                 raise FileExistsError(f"{self._partial.folder}: {UNFINISHED}")
             self._start_over()
         if not self.records:
-            self._partial.journal.append({"begun": self._description})
+            self._record({"begun": self._description})
         self._partial.content.mkdir(exist_ok=True)
         recorded: set[str] = set()
         for record in self.records:
@@ -146,18 +149,25 @@ class CheckpointWriter:
             finished = len(done) == len(shard.offsets) and os.pread(fd, len(shard.head), 0) == shard.head
             if os.fstat(fd).st_size != shard.size or (len(done) == len(shard.offsets) and not finished):
                 if done:  # somebody or something has been at it
-                    self._partial.journal.append({"lost": sorted(done)})
+                    self._record({"lost": sorted(done)})
                     done = set()
-                _truncate(fd, shard.size, self._path(shard))
+                with naming(self._path(shard)):
+                    os.ftruncate(fd, shard.size)
         finally:
             os.close(fd)
         self.done.update(done)
         if not shard.offsets:
             self._finish(shard)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         self._stop_syncing()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = format_bytes(shutil.disk_usage(self.out.parent).free)
+            add_note(error, f"{format_bytes(self._to_write())} were still to be written, and {self.out.parent} has {free} free")
         self._leave()
+
+    def _to_write(self) -> int:
+        return sum(size for name, size in self._size.items() if name not in self.done)
 
     def write(self, name: str, data: memoryview, start: int = 0) -> None:
         """Write bytes of a tensor, from its byte `start` on. Every byte of it is to be written once; several threads may."""
@@ -166,7 +176,8 @@ class CheckpointWriter:
         shard, size = self._shard_of[name], self._size[name]
         if start + len(data) > size:
             raise ValueError(f"{name!r} has {size} bytes; {len(data)} were to be written from byte {start} on")
-        _write_all(self._fd(shard), data, shard.offsets[name] + start, self._path(shard))
+        with naming(self._path(shard)):
+            _write_all(self._fd(shard), data, shard.offsets[name] + start)
         with self._lock:
             self._missing[name] -= len(data)
             if self._missing[name] == 0:
@@ -187,19 +198,24 @@ class CheckpointWriter:
                 dirty, self._dirty = self._dirty, set()
                 self._unsynced = 0
             for file_name in dirty:
-                datasync(self._open[file_name])
+                with naming(self._partial.content / file_name):
+                    datasync(self._open[file_name])
             if not names:
                 return
             done = self.done.union(names)
             for shard in {self._shard_of[name].file_name: self._shard_of[name] for name in names}.values():
                 if done.issuperset(shard.offsets):
                     self._finish(shard)
-            self._partial.journal.append({"done": names})
+            self._record({"done": names})
             self.done = done
 
     def record(self, **values: Any) -> None:
         """Add something to the journal; a process that resumes finds it in `records`."""
         with self._syncing:
+            self._record(values)
+
+    def _record(self, values: dict[str, Any]) -> None:
+        with naming(self._partial.folder / JOURNAL):
             self._partial.journal.append(values)
 
     def keep(self) -> str | None:
@@ -229,8 +245,9 @@ class CheckpointWriter:
         path = self._partial.content / name
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            _write_all(fd, memoryview(content), 0, path)
-            os.fsync(fd)
+            with naming(path):
+                _write_all(fd, memoryview(content), 0)
+                os.fsync(fd)
         finally:
             os.close(fd)
 
@@ -304,8 +321,9 @@ class CheckpointWriter:
         """All tensors of a shard are on the disk: its header makes it a file that can be read."""
         fd = self._fd(shard)
         try:
-            _write_all(fd, memoryview(shard.head), 0, self._path(shard))
-            os.fsync(fd)
+            with naming(self._path(shard)):
+                _write_all(fd, memoryview(shard.head), 0)
+                os.fsync(fd)
         finally:
             with self._lock:
                 os.close(self._open.pop(shard.file_name))
@@ -327,17 +345,7 @@ def _sizes(shard: Shard) -> list[tuple[str, int]]:
     return [(name, end - begin) for name, begin, end in zip(names, begins, [*begins[1:], shard.size], strict=True)]
 
 
-def _write_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
-    try:
-        while len(data):
-            count = os.pwrite(fd, data, offset)
-            data, offset = data[count:], offset + count
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None
-
-
-def _truncate(fd: int, size: int, path: Path) -> None:
-    try:
-        os.ftruncate(fd, size)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count

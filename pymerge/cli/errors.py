@@ -71,6 +71,7 @@ def _explain(error: Exception) -> Explanation | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         advice = _ADVICE.get(error.errno or 0, "")
+        advice = "" if advice and advice in str(error.strerror) else advice
         return Explanation("system", f"{where}{error.strerror or error}{advice}", status)
     if isinstance(error, MemoryError):
         return Explanation("memory", "there is not enough memory; `pymerge plan` shows how much a merge takes", status)
@@ -82,7 +83,7 @@ _KINDS = {"ResumeError": "resume", "CheckpointError": "checkpoint", "NonFiniteEr
 _ADVICE = {
     errno.ENOSPC: "; make room, or write to another disk",
     errno.EDQUOT: "; your quota on that disk is used up: make room, or write to another one",
-    errno.EFBIG: "; that file system does not take files of this size: write smaller ones with --shard-size",
+    errno.EFBIG: "; that file system does not take files of this size: write smaller ones (of models: --shard-size), or to another disk",
     errno.EACCES: "; check the permissions, or write to another folder",
     errno.EPERM: "; check the permissions, or write to another folder",
     errno.EROFS: "; write to another folder",

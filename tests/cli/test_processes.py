@@ -72,7 +72,7 @@ def test_file_size_limit(models):
     command = [sys.executable, "-c", limited, "merge", "r.yml", "out"]
     done = subprocess.run(command, cwd=models, capture_output=True, text=True, env=environment(), timeout=60)
     assert done.returncode == 1
-    advice = "that file system does not take files of this size: write smaller ones with --shard-size"
+    advice = "that file system does not take files of this size: write smaller ones (of models: --shard-size), or to another disk"
     assert done.stderr == f"error: {models}/out.partial/output/model.safetensors: File too large; {advice}\n"
     assert tree(models) == before
 
