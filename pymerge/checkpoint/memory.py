@@ -18,6 +18,7 @@ from ..merge_methods.registry import Method
 from ..merge_methods.sliced import Sliced, SlicedTensor
 from ..slice_ops import ALIGNMENT, can_slice
 from . import dtypes
+from .available import memory_left
 from .format import TensorInfo
 from .ring import aligned
 from .settings import is_built_in
@@ -51,17 +52,24 @@ MOST_AHEAD = 192 * 2**20
 LEAST_MEMORY = 64 * 2**20
 """The smallest budget: below it slices get so short that reading them is slow."""
 
+MOST_BY_DEFAULT = 4 * 10**9
+"""The budget where none is given, at most. More makes nothing faster but methods that need whole tensors of gigabytes."""
+
 UNIT = 1 << 16
 """Elements: slices are multiples of it where they can be, which is the core's unit of work."""
 
 
 def default_memory() -> int:
-    """The budget where none is given: 4 GB, or a quarter of the machine's memory where that is less."""
+    """The budget where none is given: 4 GB, or a quarter of the machine's memory or of what a container's limit leaves, if that is less."""
+    there = [MOST_BY_DEFAULT * 4]
     try:
-        quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        there.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):  # a system that does not say
-        return 4 * 10**9
-    return max(LEAST_MEMORY, min(4 * 10**9, quarter))
+        pass
+    left = memory_left()
+    if left is not None:
+        there.append(left)
+    return max(LEAST_MEMORY, min(there) // 4)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from .beside import card_of, extra_files
 from .format import CheckpointError, InputChangedError
 from .inputs import Hashes, InputFiles
 from .many import plan_merges
+from .memory import default_memory
 from .merger import MergeError, TensorMerger
 from .meter import Meter
 from .notes import add_note
@@ -98,9 +99,10 @@ def merge(
         progress: called as ``progress(bytes_done, bytes_total)`` while merging.
         threads: that compute (by default torch's number) and that read files (by default one per CPU, at most 4).
         seed: overrides the recipe's, for methods that drop at random.
-        memory: budget in bytes, or "2GB", for tensors on their way and what methods gather about them; at least 64 MiB, by default 4 GB or
-            a quarter of the machine's memory, whichever is less. Python and torch take about 300 MB besides. Tensors that do not fit are
-            merged in slices; a method that knows none (one of your own, say) gets them whole all the same, with a warning.
+        memory: budget in bytes, or "2GB", for tensors on their way and what methods gather about them; at least 64 MiB, by default 4 GB, a
+            quarter of the machine's memory or a quarter of what a container's limit leaves, whichever is the least. Python and torch take
+            about 300 MB besides. Tensors that do not fit are merged in slices; a method that knows none (one of your own, say) gets them
+            whole all the same, with a warning.
         download: fetch models that the recipe names by hub id and that are not in the Hugging Face cache.
 
     Returns:
@@ -155,6 +157,7 @@ def run_plan(
         raise ValueError(f"threads is {threads}; at least one has to read")
     try:
         ops.require_backend(torch.device("cpu"))
+        memory = default_memory() if memory is None else memory  # once: what is left in a container may change
         plan.schedule(memory)  # what is wrong with the budget is said before anything is written
     except (ImportError, ValueError) as error:
         raise MergeError(str(error)) from error

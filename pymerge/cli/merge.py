@@ -44,6 +44,7 @@ def command(recipe, out, force, resume, verify, threads, memory, no_check_finite
     """
     from ..checkpoint.adapter_recipe import is_adapter_recipe
     from ..checkpoint.many import plan_merges
+    from ..checkpoint.memory import default_memory
     from ..checkpoint.merge import run_plan
     from .progress import Progress, shown
 
@@ -51,6 +52,7 @@ def command(recipe, out, force, resume, verify, threads, memory, no_check_finite
     if is_adapter_recipe(recipe):
         _merge_adapters(recipe, out, options, force, told, as_json)
         return
+    memory = default_memory() if memory is None else memory
     done, there = [], []
     try:
         for place, plan in plan_merges(recipe, out, force=force, resume=resume, **options):

@@ -38,9 +38,11 @@ def command(recipe, out, memory, write_rate, verbose, as_json, **options) -> Non
         return
     from ..checkpoint.estimate import WRITE_RATE, estimate
     from ..checkpoint.many import plan_all
+    from ..checkpoint.memory import default_memory
 
     with plan_all(recipe, out, **options) as merges:
         to_do = [merge for merge in merges if not merge.there]
+        memory = default_memory() if memory is None else memory
         try:
             schedules = [merge.plan.schedule(memory) for merge in to_do]
             guess = estimate(to_do, memory, write_rate or WRITE_RATE)
