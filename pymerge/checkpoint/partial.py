@@ -104,6 +104,8 @@ class Partial:
             records = self.journal.load()
             if not records or "begun" not in records[0]:
                 others = [entry.name for entry in self.folder.iterdir() if entry.name != JOURNAL]
+                if others and (self.folder / JOURNAL).stat().st_size:
+                    raise FileExistsError(f"{self.folder}: cannot be continued, its {JOURNAL} is damaged; remove it to start over")
                 if others:
                     raise FileExistsError(f"{self.folder}: is not an unfinished output of pymerge (it holds {others[0]!r}); move it away")
                 sync_folder(self.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import threading
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ SYNC_BYTES = 2**30
 MOST_OPEN = 64
 """Files with tensors that were not flushed yet."""
 
+
+MARK = 16
+"""Bytes of a file's mark: a random number."""
 
 START_OVER = "to start over, merge with --force (force=True) and without resuming"
 
@@ -74,6 +78,8 @@ class CheckpointWriter:
         self._shard_of: dict[str, Shard] = {name: shard for shard in layout.shards for name in shard.offsets}
         self._size = {name: size for shard in layout.shards for name, size in _sizes(shard)}
         self._missing = dict(self._size)
+        self._added: list[str] = []
+        self._marks: dict[str, str] = {}
         self._open: dict[str, int] = {}
         self._made: list[Path] = []
         self._keep = False
@@ -127,10 +133,13 @@ class CheckpointWriter:
             self._start_over()
         if not self.records:
             self._record({"begun": self._description})
+        if self._partial.content.is_symlink():
+            raise FileExistsError(f"{self._partial.content}: is a symbolic link, where the unfinished files were expected; remove it")
         self._partial.content.mkdir(exist_ok=True)
-        recorded: set[str] = set()
+        recorded: dict[str, set[str]] = {}
         for record in self.records:
-            recorded = recorded.union(record.get("done", ())).difference(record.get("lost", ()))
+            for mark, names in record.get("done", {}).items():
+                recorded.setdefault(mark, set()).update(names)
         for shard in self.layout.shards:
             self._prepare(shard, recorded)
         sync_folder(self._partial.content)
@@ -141,22 +150,32 @@ class CheckpointWriter:
         self.records = []
         self._keep = False
 
-    def _prepare(self, shard: Shard, recorded: set[str]) -> None:
-        """Make a shard's file, or trust what is in it as far as the journal does."""
+    def _prepare(self, shard: Shard, recorded: Mapping[str, set[str]]) -> None:
+        """Make a shard's file, or trust what is in it as far as the journal does.
+
+        A file bears a mark, where its header will be, by which the journal calls it: what is recorded of a file that was made anew since,
+        or that something else took the place of, says nothing about this one.
+        """
         fd = os.open(self._path(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            done = recorded.intersection(shard.offsets)
-            finished = len(done) == len(shard.offsets) and os.pread(fd, len(shard.head), 0) == shard.head
-            if os.fstat(fd).st_size != shard.size or (len(done) == len(shard.offsets) and not finished):
-                if done:  # somebody or something has been at it
-                    self._record({"lost": sorted(done)})
-                    done = set()
+            head = os.pread(fd, len(shard.head), 0) if os.fstat(fd).st_size == shard.size else b""
+            every = shard.offsets.keys()
+            if head == shard.head:
+                mark, done = next(((m, names & every) for m, names in recorded.items() if names >= every), ("", set()))
+            else:
+                mark = head[8 : 8 + MARK].hex() if head[:8] == bytes(8) else ""
+                done = recorded.get(mark, set()) & every
+            if not done:
+                mark = secrets.token_hex(MARK)
                 with naming(self._path(shard)):
+                    os.ftruncate(fd, 0)
                     os.ftruncate(fd, shard.size)
+                    _write_all(fd, memoryview(bytes.fromhex(mark)), 8)
         finally:
             os.close(fd)
+        self._marks[shard.file_name] = mark
         self.done.update(done)
-        if not shard.offsets:
+        if not every or (len(done) == len(every) and head != shard.head):
             self._finish(shard)
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
@@ -203,11 +222,15 @@ class CheckpointWriter:
             if not names:
                 return
             done = self.done.union(names)
+            recorded: dict[str, list[str]] = {}
+            for name in names:
+                recorded.setdefault(self._marks[self._shard_of[name].file_name], []).append(name)
+            self._record({"done": recorded})
+            self.done = done
+            # Only now, because a header takes the place of the mark; a process that resumes writes those that are missing.
             for shard in {self._shard_of[name].file_name: self._shard_of[name] for name in names}.values():
                 if done.issuperset(shard.offsets):
                     self._finish(shard)
-            self._record({"done": names})
-            self.done = done
 
     def record(self, **values: Any) -> None:
         """Add something to the journal; a process that resumes finds it in `records`."""
@@ -242,6 +265,7 @@ class CheckpointWriter:
 
     def add_file(self, name: str, content: bytes) -> None:
         """Add a small file beside the shards; not possible for a single-file output."""
+        self._added.append(name)
         path = self._partial.content / name
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -269,6 +293,7 @@ class CheckpointWriter:
             raise RuntimeError(f"{len(missing)} tensors were not written, the first {missing[0]!r}")
         if self.layout.index is not None:
             self.add_file("model.safetensors.index.json", self.layout.index)
+        self._check_strangers()
         sync_folder(self._partial.content)
         problem = check_target(self.out, self.force)
         if problem:
@@ -278,6 +303,22 @@ class CheckpointWriter:
         self.committed = True
         for parent in self._made:
             sync_folder(parent.parent)
+
+    def _check_strangers(self) -> None:
+        """Everything in the folder gets the output's name, so it must be of our making."""
+        ours = {*self._added, *(shard.file_name for shard in self.layout.shards)}
+        other = next(
+            (
+                entry.name
+                for entry in os.scandir(self._partial.content)
+                if entry.name not in ours or not entry.is_file(follow_symlinks=False)
+            ),
+            None,
+        )
+        if other is not None:
+            raise FileExistsError(
+                f"{self._partial.content}: holds {other!r}, which is not of this merge; move it away and merge with --resume"
+            )
 
     def _sync_now_and_then(self) -> None:
         try:
