@@ -77,7 +77,9 @@ def _in_folder(folder: Path) -> Layout:
         folder, [name for name in names if name not in BESIDE], PICKLED_SINGLE, PICKLED_INDEX_SUFFIX, PICKLED, pickled=True
     )
     if found is None:
-        raise CheckpointError(f"{folder}: holds no {SINGLE}, no *{INDEX_SUFFIX} and no {PICKLED_SINGLE}")
+        raise CheckpointError(
+            f"{folder}: holds no {SINGLE}, no *{INDEX_SUFFIX} and no {PICKLED_SINGLE}; name the folder, or the file, that has the weights"
+        )
     return found
 
 

@@ -19,7 +19,7 @@ from .beside import card_of, extra_files
 from .format import CheckpointError, InputChangedError
 from .inputs import Hashes, InputFiles
 from .many import plan_merges
-from .memory import default_memory
+from .memory import Schedule, default_memory
 from .merger import MergeError, TensorMerger
 from .meter import Meter
 from .notes import add_note
@@ -31,7 +31,7 @@ from .sizes import parse_bytes
 from .target import is_file_target
 from .writer import CheckpointWriter
 
-__all__ = ["MergeError", "MergeReport", "merge", "run_plan"]
+__all__ = ["MergeError", "MergeReport", "merge", "run_plan", "usable_schedule"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,19 @@ def _text(dtype: str | torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype)
 
 
+def usable_schedule(plan: Plan, memory: int | None) -> Schedule:
+    """The schedule of a plan, when this machine, the environment's settings and the budget allow it.
+
+    Raises:
+        MergeError: they do not.
+    """
+    try:
+        ops.require_backend(torch.device("cpu"))
+        return plan.schedule(memory)
+    except (ImportError, ValueError) as error:
+        raise MergeError(str(error)) from error
+
+
 def run_plan(
     plan: Plan,
     out: str | os.PathLike,
@@ -155,12 +168,8 @@ def run_plan(
     """Carry out a plan made for `out`; arguments and errors as :func:`merge` has them. `meter` is told what each stage does."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; at least one has to read")
-    try:
-        ops.require_backend(torch.device("cpu"))
-        memory = default_memory() if memory is None else memory  # once: what is left in a container may change
-        plan.schedule(memory)  # what is wrong with the budget is said before anything is written
-    except (ImportError, ValueError) as error:
-        raise MergeError(str(error)) from error
+    memory = default_memory() if memory is None else memory  # once: what is left in a container may change
+    usable_schedule(plan, memory)
     began = time.perf_counter()
     out = Path(out).absolute()
     single = is_file_target(out)

@@ -93,7 +93,8 @@ def read_provenance(output: Checkpoint) -> Provenance:
         return _parse(load_json(read_small(path), str(path)), path)
     metadata = output.headers[0].metadata
     if "pymerge_recipe" not in metadata:
-        raise CheckpointError(f"{output.path}: does not say how it was made: it has no {FILE_NAME}, and no pymerge_recipe in its metadata")
+        missing = f"it has no {FILE_NAME}, and no pymerge_recipe in its metadata; what pymerge wrote has one"
+        raise CheckpointError(f"{output.path}: does not say how it was made: {missing}")
     return Provenance(metadata.get("pymerge_version", "(unknown)"), metadata["pymerge_recipe"], (), output.headers[0].file)
 
 

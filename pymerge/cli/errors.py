@@ -39,11 +39,11 @@ class Explanation:
 
 
 @contextmanager
-def exits_with(status: int) -> Iterator[None]:
-    """Errors that leave this block end the program with `status`."""
+def exits_with(status: int, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Errors of some kinds that leave this block end the program with `status`."""
     try:
         yield
-    except Exception as error:
+    except kinds as error:
         error.exit_status = status
         raise
 
@@ -109,7 +109,7 @@ def _known() -> dict[str, type]:
         ("pymerge.checkpoint.resume", "ResumeError"),
         ("pymerge.checkpoint.format", "CheckpointError"),
         ("pymerge.finite", "NonFiniteError"),
-        ("pymerge.checkpoint.merge", "MergeError"),
+        ("pymerge.checkpoint.merger", "MergeError"),
     ):
         if module in sys.modules:
             found[name] = getattr(sys.modules[module], name)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from ..checkpoint.sizes import format_bytes
+from .errors import REFUSED, exits_with
 from .options import DTYPES, as_json
 from .text import print_json
 
@@ -80,15 +83,18 @@ def _value(text: str):
         return text
 
 
-class _usage_errors:
-    """Arguments that make no sense together are the user's, and say so without a traceback."""
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Arguments that make no sense together are the user's, and say so without a traceback; so are inputs that cannot be used."""
+    from ..checkpoint.format import CheckpointError
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind in (ValueError, FileExistsError):
-            raise click.UsageError(str(error)) from None
+    try:
+        with exits_with(REFUSED, CheckpointError):
+            yield
+    except (ValueError, FileExistsError) as error:
+        if type(error) not in (ValueError, FileExistsError):
+            raise
+        raise click.UsageError(str(error)) from None
 
 
 def _print(report, as_json: bool) -> None:

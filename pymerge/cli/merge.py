@@ -9,6 +9,7 @@ from click.core import ParameterSource
 
 from ..checkpoint.meter import STAGES, Meter
 from ..checkpoint.sizes import format_bytes
+from .errors import REFUSED, exits_with
 from .options import as_json, memory_option, merge_options
 from .text import count, print_json
 
@@ -45,7 +46,7 @@ def command(recipe, out, force, resume, verify, threads, memory, no_check_finite
     from ..checkpoint.adapter_recipe import is_adapter_recipe
     from ..checkpoint.many import plan_merges
     from ..checkpoint.memory import default_memory
-    from ..checkpoint.merge import run_plan
+    from ..checkpoint.merge import run_plan, usable_schedule
     from .progress import Progress, shown
 
     told = not (quiet or as_json)
@@ -65,10 +66,7 @@ def command(recipe, out, force, resume, verify, threads, memory, no_check_finite
             with plan:
                 for warning in plan.warnings if told else ():
                     click.echo(f"warning: {warning}", err=True)
-                try:
-                    to_read = plan.schedule(memory).bytes_read
-                except ValueError as error:
-                    raise click.UsageError(str(error)) from None
+                to_read = usable_schedule(plan, memory).bytes_read
                 with shown("merging", Progress(to_read + plan.bytes_written, meter), quiet):
                     report = run_plan(
                         plan, place, force=force, resume=resume, verify=verify, check_finite=not no_check_finite, threads=threads,
@@ -88,12 +86,14 @@ def command(recipe, out, force, resume, verify, threads, memory, no_check_finite
 
 def _merge_adapters(recipe, out, options: dict, force: bool, told: bool, as_json: bool) -> None:
     from ..checkpoint.adapter_recipe import merge_adapter_recipe
+    from ..checkpoint.format import CheckpointError
 
     given = [name for name in NOT_FOR_ADAPTERS if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given and told:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         click.echo(f"warning: {names}: without effect, adapters are merged in one go", err=True)
-    report = merge_adapter_recipe(recipe, out, dtype=options["out_dtype"] or options["dtype"], seed=options["seed"], force=force)
+    with exits_with(REFUSED, CheckpointError):  # nothing has been written then
+        report = merge_adapter_recipe(recipe, out, dtype=options["out_dtype"] or options["dtype"], seed=options["seed"], force=force)
     for warning in report.warnings if told else ():
         click.echo(f"warning: {warning}", err=True)
     if told:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import click
 
 from ..checkpoint.dtypes import CHOICES
-from ..checkpoint.sizes import parse_bytes
+from ..checkpoint.sizes import format_bytes, parse_bytes
 
 __all__ = ["DTYPES", "Size", "as_json", "memory_option", "merge_options"]
 
@@ -30,9 +30,20 @@ class Size(click.ParamType):
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, also for an error.")
 
+
+def _enough(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    if value is not None:
+        from ..checkpoint.memory import LEAST_MEMORY
+
+        if value < LEAST_MEMORY:
+            raise click.BadParameter(f"{format_bytes(value)} is too small; it must be at least {format_bytes(LEAST_MEMORY)}")
+    return value
+
+
 memory_option = click.option(
     "--memory",
     type=Size(),
+    callback=_enough,
     metavar="SIZE",
     help="Budget for tensors on their way: 2GB; by default 4GB or a quarter of the memory that there is.",
 )

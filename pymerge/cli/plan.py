@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..checkpoint.sizes import format_bytes
+from .errors import REFUSED, exits_with
 from .options import Size, as_json, memory_option, merge_options
 from .text import count, heading, number, print_json, printable, table
 
@@ -39,15 +40,14 @@ def command(recipe, out, memory, write_rate, verbose, as_json, **options) -> Non
     from ..checkpoint.estimate import WRITE_RATE, estimate
     from ..checkpoint.many import plan_all
     from ..checkpoint.memory import default_memory
+    from ..checkpoint.merge import usable_schedule
 
     with plan_all(recipe, out, **options) as merges:
         to_do = [merge for merge in merges if not merge.there]
         memory = default_memory() if memory is None else memory
-        try:
-            schedules = [merge.plan.schedule(memory) for merge in to_do]
+        with exits_with(REFUSED):
+            schedules = [usable_schedule(merge.plan, memory) for merge in to_do]
             guess = estimate(to_do, memory, write_rate or WRITE_RATE)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from None
         memory_bytes = WORKSPACE + max((schedule.buffers.total for schedule in schedules), default=0)
         if as_json:
             content = {
@@ -78,7 +78,7 @@ def _plan_adapters(recipe: Path, out: Path | None, as_json: bool, options: dict)
     from ..checkpoint.adapter_recipe import adapters_planned
 
     asked = options["out_dtype"] or options["dtype"]
-    with adapters_planned(recipe, out, dtype=asked, seed=options["seed"], force=options["force"]) as job:
+    with exits_with(REFUSED), adapters_planned(recipe, out, dtype=asked, seed=options["seed"], force=options["force"]) as job:
         ranks = [sorted({change.rank for change in adapter.modules.values()}) for adapter in job.adapters]
         nbytes = sum(adapter.store.nbytes for adapter in job.adapters)
         if as_json:

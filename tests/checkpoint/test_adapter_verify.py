@@ -214,6 +214,9 @@ def test_command_line():
     assert (verified.returncode, verified.stdout) == (0, "out: 6 of 6 tensors compared, all the same\n")
     inspected = run("inspect", "out", "-t", cwd=Path.cwd())
     assert inspected.returncode == 0 and "model.layers.0.q.lora_A.weight" in inspected.stdout
+    for args in (("lora", "merge", "a", "nowhere", "-o", "new"), ("lora", "extract", "tuned", "nowhere", "new"), ("inspect", ".")):
+        refused = run(*args, cwd=Path.cwd())
+        assert refused.returncode == 2 and refused.stderr.startswith("error: "), "bad input: nothing was started"
     taken = run("plan", "r.yml", "out", cwd=Path.cwd())
     assert taken.returncode == 2 and "exists already" in taken.stderr
     save_adapter(Path("b"), {"m": (torch.full((2, 3), float("nan")), torch.ones(4, 2))}, base_model_name_or_path="org/base")

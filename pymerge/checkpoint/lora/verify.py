@@ -56,7 +56,7 @@ def verify_adapter(
     """See :func:`pymerge.verify`. A sample is of modules: both factors of each are compared, and its scale."""
     path = out / FILE_NAME
     if not path.is_file():
-        raise CheckpointError(f"{out}: does not say how it was made: it has no {FILE_NAME}")
+        raise CheckpointError(f"{out}: does not say how it was made: it has no {FILE_NAME}; what pymerge wrote has one")
     content = load_json(read_small(path), str(path))
     recorded = parse_inputs(content, path)
     with open_adapter(out) as written, _origin(content, path, folder) as origin:
