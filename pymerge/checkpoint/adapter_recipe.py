@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,13 @@ def _folder(text: Any, folder: FilePath | None) -> FilePath | None:
 
 
 def merge_adapter_recipe(
-    recipe: str | os.PathLike | Mapping, out: str | os.PathLike, *, dtype: str | None = None, seed: int | None = None, force: bool = False
+    recipe: str | os.PathLike | Mapping,
+    out: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Merge the adapters that a recipe names, see :func:`pymerge.merge_adapters`.
 
@@ -68,6 +74,7 @@ def merge_adapter_recipe(
         out: folder to make.
         dtype, seed: override the recipe's.
         force: replace an existing `out`.
+        progress: see :func:`pymerge.merge_adapters`.
 
     Raises:
         RecipeError: with everything that is wrong with the recipe.
@@ -80,7 +87,7 @@ def merge_adapter_recipe(
     source = read_source(recipe)
     problems = Problems(source.label, source.lines)
     with raised_as_problems(problems, out):
-        report = merge_adapters(out=out, force=force, **adapter_arguments(source, problems, dtype=dtype, seed=seed))
+        report = merge_adapters(out=out, force=force, progress=progress, **adapter_arguments(source, problems, dtype=dtype, seed=seed))
     files = tuple(report.out / name for name in ("adapter_model.safetensors", CONFIG, FILE_NAME, "README.md"))
     seconds = time.perf_counter() - began
     return MergeReport(report.out, files, 2 * len(report.ranks), report.bytes_read, report.nbytes, seconds, report.warnings)

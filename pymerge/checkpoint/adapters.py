@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ def merge_adapters(
     dtype: str | torch.dtype | None = None,
     check_base: bool = True,
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> AdapterReport:
     """Merge LoRA adapters of one base model into a new adapter, without the base.
 
@@ -74,6 +75,7 @@ def merge_adapters(
         dtype: of the result; by default the adapters' own for "cat" if nothing has to be rounded, and for all others; else float32.
         check_base: refuse adapters that name different base models.
         force: replace an existing `out`, once the new one is complete.
+        progress: called as ``progress(bytes_done, bytes_total)``, of the adapters' factors.
 
     Raises:
         ValueError: arguments that make no sense together, or values that the method refuses.
@@ -88,8 +90,14 @@ def merge_adapters(
     with open_job(adapters, check_base=check_base, **settings) as job:
         check_place(out, force, job.adapters)
         inputs = InputFiles(job.adapters)
+        sizes = {name: sum(a.modules[name].nbytes for a in job.adapters if name in a.modules) for name in job.names}
+        results, done, total = {}, 0, sum(sizes.values())
         with one_thread():
-            results = {name: job.merge(name) for name in job.names}
+            for name in job.names:
+                results[name] = job.merge(name)
+                done += sizes[name]
+                if progress is not None:
+                    progress(done, total)
         code = code or job.dtype()
         saved = {name: job.saved(name, result, code) for name, result in results.items()}
         used = [used_adapter(adapter) for adapter in job.adapters]

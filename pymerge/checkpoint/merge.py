@@ -119,7 +119,7 @@ def merge(
         OSError: writing failed.
     """
     if is_adapter_recipe(recipe):
-        return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force)
+        return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force, progress=progress)
     budget = None if memory is None else parse_bytes(memory)
     options = {"shard_size": parse_bytes(shard_size), "dtype": _text(dtype), "out_dtype": _text(out_dtype), "seed": seed}
     report = None

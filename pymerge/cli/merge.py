@@ -51,7 +51,7 @@ def command(recipe, out, force, resume, verify, threads, memory, no_check_finite
 
     told = not (quiet or as_json)
     if is_adapter_recipe(recipe):
-        _merge_adapters(recipe, out, options, force, told, as_json)
+        _merge_adapters(recipe, out, options, force, quiet, told, as_json)
         return
     memory = default_memory() if memory is None else memory
     done, there = [], []
@@ -84,16 +84,18 @@ def command(recipe, out, force, resume, verify, threads, memory, no_check_finite
         print_json("merge/1", {"merges": done, "there_already": there})
 
 
-def _merge_adapters(recipe, out, options: dict, force: bool, told: bool, as_json: bool) -> None:
+def _merge_adapters(recipe, out, options: dict, force: bool, quiet: bool, told: bool, as_json: bool) -> None:
     from ..checkpoint.adapter_recipe import merge_adapter_recipe
     from ..checkpoint.format import CheckpointError
+    from .progress import Progress, shown
 
     given = [name for name in NOT_FOR_ADAPTERS if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given and told:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         click.echo(f"warning: {names}: without effect, adapters are merged in one go", err=True)
-    with exits_with(REFUSED, CheckpointError):  # nothing has been written then
-        report = merge_adapter_recipe(recipe, out, dtype=options["out_dtype"] or options["dtype"], seed=options["seed"], force=force)
+    dtype, progress = options["out_dtype"] or options["dtype"], Progress()
+    with exits_with(REFUSED, CheckpointError), shown("merging", progress, quiet):  # nothing has been written then
+        report = merge_adapter_recipe(recipe, out, dtype=dtype, seed=options["seed"], force=force, progress=progress)
     for warning in report.warnings if told else ():
         click.echo(f"warning: {warning}", err=True)
     if told:

@@ -69,6 +69,13 @@ def test_any_base_is_recorded():
         pymerge.merge("r.yml", "new")
 
 
+def test_progress():
+    for make in (pymerge.merge_adapters, lambda _, out, progress: pymerge.extract_lora("tuned", "base", out, progress=progress)):
+        seen = []
+        make(["a", "b"], f"out{len(list(Path('.').iterdir()))}", progress=lambda done, total, seen=seen: seen.append((done, total)))
+        assert len(seen) >= 3 and seen == sorted(seen) and seen[-1][0] == seen[-1][1] > 0
+
+
 def test_the_same_bytes_wherever_they_go():
     pymerge.merge_adapters(["a", "b"], "out")
     pymerge.merge_adapters(["a", "b"], "deep/elsewhere")

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 SECONDS = 20
 """Hundreds of times what the slowest input takes on a quiet machine."""
 
@@ -33,6 +35,8 @@ class _Watch:
     def __init__(self) -> None:
         self.allowed: tuple[str, ...] | None = None
         self.seen: list[str] = []
+        # torch imports parts of itself when they are first wanted.
+        self.always = (f"{os.path.realpath(os.path.dirname(torch.__file__))}{os.sep}",)
         self.writes = False
         sys.addaudithook(self._hook)
 
@@ -46,7 +50,7 @@ class _Watch:
             real = os.path.realpath(path) if "\0" not in path else path
             if isinstance(flags, int) and flags & WRITES and not (self.writes and f"{real}{os.sep}".startswith(self.allowed)):
                 self.seen.append(f"opened {path!r} for writing")
-            elif self.allowed and not f"{real}{os.sep}".startswith(self.allowed):
+            elif self.allowed and not f"{real}{os.sep}".startswith(self.allowed + self.always):
                 self.seen.append(f"opened {path!r}, which is {real!r}")
         elif event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.remove", "os.rename", "shutil.rmtree", "os.mkdir"):
             self.seen.append(event)

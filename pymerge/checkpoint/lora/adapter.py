@@ -58,6 +58,11 @@ class LowRank:
         return self.b.shape[1]
 
     @property
+    def nbytes(self) -> int:
+        """Of both factors."""
+        return self.a.nbytes + self.b.nbytes
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight: (out, in, *kernel); of an embedding (vocabulary, dimension)."""
         return (self.a.shape[1], self.b.shape[0]) if self.kind == "embedding" else (self.b.shape[0], *self.a.shape[1:])

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ def extract_lora(
     base_name: str | None = None,
     dtype: str | torch.dtype | None = None,
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ExtractReport:
     """Factor the difference between a tuned model and its base into a LoRA adapter, matrix by matrix.
 
@@ -84,6 +85,7 @@ def extract_lora(
         base_name: what to write as the base model's name; by default the base's path.
         dtype: of the factors; by default that of each base tensor's storage if it is a half type, else float32.
         force: replace an existing `out`.
+        progress: called as ``progress(bytes_done, bytes_total)``, of both models.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or the two do not have the same tensors.
@@ -104,7 +106,7 @@ def extract_lora(
             transposing = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
             fan_in_fan_out = (read_config(original.folder) or {}).get("model_type") in transposing
         settings = Settings(rank, None if energy is None else float(energy), modules, tuple(sorted(whole)), fan_in_fan_out, code)
-        change = extract(tuned, original, settings)
+        change = extract(tuned, original, settings, progress=progress)
         if not change.modules:
             raise ValueError(f"no matrix that can be adapted differs between {tuned.path} and {original.path}")
         name = base_name or str(original.path)
@@ -148,20 +150,30 @@ class Change:
     left_out: list[str]
 
 
-def extract(model: TensorStore, base: TensorStore, settings: Settings, only: Container[str] | None = None) -> Change:
+def extract(
+    model: TensorStore,
+    base: TensorStore,
+    settings: Settings,
+    only: Container[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Change:
     """Factor what `model` changed in `base`.
 
     Args:
         model, base: of the same tensors.
         settings: how.
         only: names of tensors; None for all.
+        progress: see :func:`extract_lora`.
 
     Raises:
         CheckpointError: a tensor cannot be read, or has a NaN or an infinity.
     """
-    change = Change({}, {}, {}, [])
+    change, done = Change({}, {}, {}, []), 0
     with one_thread():
         for name, info in base.tensors.items():
+            done += info.nbytes + model.tensors[name].nbytes
+            if progress is not None:
+                progress(done, base.nbytes + model.nbytes)
             if not dtypes.is_merged(info.dtype) or (only is not None and name not in only):
                 continue
             after, before = load_tensor(model, model.tensors[name]), load_tensor(base, info)
