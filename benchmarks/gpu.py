@@ -1,6 +1,6 @@
 """Everything about the GPU in one command: are the results the CPU's, byte for byte, and how fast are they made?
 
-    python benchmarks/gpu.py            # with a Python that has torch for the GPU, and triton; needs nothing else of this repository's
+    python benchmarks/gpu.py            # with a Python that has torch for the GPU, and triton; files need safetensors and PyYAML
 
 Prints a table and writes benchmarks/results/DATE-GPU.json, and a roofline plot beside it where matplotlib is installed. Takes less than
 eight minutes. `--device cpu --elements 1e6` rehearses it without a GPU.
@@ -298,6 +298,17 @@ def divergence(device: torch.device, elements: int, rounds: int) -> dict:
     }  # fmt: skip
 
 
+def files(device: torch.device, elements: int, rounds: int) -> dict:
+    """Checkpoint files merged with `--device`, beside the CPU and beside reading and writing them."""
+    try:
+        import gpu_files
+    except ImportError as error:
+        print(f"no files were merged: {error}")
+        return {"checks": [], "times": [], "skipped": str(error)}
+    with kernels_of(device):
+        return gpu_files.merges(device, elements, rounds, left)
+
+
 def line(row: dict) -> str:
     rivals = "  ".join(f"{name} {row[name] / row['ms']:.1f}x" for name in ("naive_ms", "best_torch_ms") if row.get(name))
     return (
@@ -356,6 +367,9 @@ def main() -> int:
     if left() > 40:
         result["kl_forward"] = divergence(device, int(args.elements), args.rounds)
         print("KL, {rows} rows of {vocab}: {ms:.3f} ms, {to_read:.2f} x one read of the logits".format(**result["kl_forward"]))
+    if left() > 100:
+        result["files"] = files(device, int(args.elements), args.rounds)
+        wrong += [row for row in result["files"]["checks"] if row["differ"]]
     result["seconds"] = time.perf_counter() - STARTED
     args.out.mkdir(parents=True, exist_ok=True)
     stem = f"{machine['date']}-{re.sub(r'[^a-z0-9]+', '-', machine['name'].lower()).strip('-')}"

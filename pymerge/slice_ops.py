@@ -7,33 +7,18 @@ a tensor is gathered from its slices, in order, and then given to the merge of e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, reference, streamed_selection
 from .finite import NonFiniteError, raise_if_not_finite
 from .spec import MergeSpec
 
-__all__ = ["ALIGNMENT", "StreamedSelection", "can_slice", "delta_sums", "dots", "lerp", "merge", "vote_balance"]
+__all__ = ["ALIGNMENT", "StreamedSelection", "delta_sums", "dots", "lerp", "merge", "vote_balance"]
 
 ALIGNMENT = reference.SUM_BLOCK
 """Slices begin at multiples of it, so that they hold whole blocks of the summation tree."""
-
-
-def can_slice(device: torch.device) -> bool:
-    """Whether the backend for tensors on `device` works on slices: the C++ core and the reference do. No where there is no backend."""
-    try:
-        return ops.backend_name(device) in ("native", "reference")
-    except ValueError:
-        return False
-
-
-def _backend() -> ModuleType:
-    if not can_slice(torch.device("cpu")):
-        raise ValueError(f"backend {ops.backend_name(torch.device('cpu'))!r} merges whole tensors only")
-    return ops._backend_for(torch.device("cpu"))
 
 
 def _flat(base: Tensor | None, models: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
@@ -72,7 +57,7 @@ def merge(
     ]
     if missing:
         raise ValueError(f"a slice of {name!r} cannot be merged without {' and '.join(missing)} of the whole")
-    backend = _backend()
+    backend = ops._backend_for(models[0].device)
     flat_base, flat = _flat(base, models)
     details = {"name": name, "selection": selection, "balance": balance, "factors": factors, "first": first}
     labelled = [("base", base), *((f"model {i}", x) for i, x in enumerate(models))]
@@ -100,25 +85,28 @@ def lerp(a: Tensor, b: Tensor, alpha: float, out: Tensor, *, name: str, first: i
 def vote_balance(base, models, spec: MergeSpec, *, name: str, first: int, selection: Tensor | None, factors) -> int:
     """A slice's part of :func:`pymerge.reference.vote_balance`; the parts add up."""
     flat_base, flat = _flat(base, models)
-    return _backend().vote_balance(flat_base, flat, spec, name=name, selection=selection, factors=factors, first=first)
+    backend = ops._backend_for(models[0].device)
+    return backend.vote_balance(flat_base, flat, spec, name=name, selection=selection, factors=factors, first=first)
 
 
 def delta_sums(base, models, spec: MergeSpec, sums: Sequence[float], *, name: str, first: int, selection: Tensor | None) -> list[float]:
     """See :func:`pymerge.reference.delta_sums`."""
     flat_base, flat = _flat(base, models)
-    return _backend().delta_sums(flat_base, flat, spec, sums, name=name, selection=selection, first=first)
+    return ops._backend_for(models[0].device).delta_sums(flat_base, flat, spec, sums, name=name, selection=selection, first=first)
 
 
 def dots(a: Tensor, b: Tensor, sums: Sequence[float]) -> list[float]:
     """See :func:`pymerge.reference.dots`; `sums` are those of the slices before."""
-    return _backend().dots(ops._flat(a), ops._flat(b), sums).tolist()
+    return ops._backend_for(a.device).dots(ops._flat(a), ops._flat(b), sums).tolist()
 
 
 class StreamedSelection:
-    """See :class:`pymerge.reference.StreamedSelection`; takes fp8 too."""
+    """See :class:`pymerge.reference.StreamedSelection`, for slices on `device`; takes fp8 too."""
 
-    def __init__(self, n: int, counts: Sequence[int], tie_break: str, f64: bool, limit: int) -> None:
-        self._impl = _backend().StreamedSelection(n, counts, tie_break, f64, limit)
+    def __init__(self, n: int, counts: Sequence[int], tie_break: str, f64: bool, limit: int, device: torch.device) -> None:
+        # The reference keeps everything, which is for tests on the CPU.
+        implementation = ops._backend_for(device) if device.type == "cpu" else streamed_selection
+        self._impl = implementation.StreamedSelection(n, counts, tie_break, f64, limit)
         self.searched = self._impl.searched
         self.sample_ranges, self.lookups = self._impl.sample_ranges, self._impl.lookups
         self.end_pass, self.rows = self._impl.end_pass, self._impl.rows

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import many_ops, ops
+from . import many_ops
 from .finite import raise_if_not_finite
 from .many_ops import Job
 from .spec import MergeSpec
 from .staging_batches import Batch, batches, bytes_of, inputs_of, typed
-from .staging_streams import Blocks, free_bytes, make_streams
+from .staging_streams import Blocks, free_bytes, make_streams, usable
 from .tree import Paired
 
 __all__ = ["lerp_staged", "merge_staged"]
@@ -60,7 +60,7 @@ def lerp_staged(
 
 def _staged(pairs: Paired, launch: Launch, device, *, sliced: bool, together: bool, dtype, out, labels):
     """`labels`: what base and models are called where they are not finite; None for the usual names, empty for no check."""
-    device = _usable(device)
+    device = usable(device)
     for name in pairs.merged:
         where = pairs.facts[0][name].device
         if where.type != "cpu":
@@ -76,20 +76,6 @@ def _staged(pairs: Paired, launch: Launch, device, *, sliced: bool, together: bo
         return results
 
     return pairs.result_of_many(merge, lambda where: True, dtype=dtype, out=out)
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    device = torch.device(device)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device is {str(device)!r}, and torch sees no GPU here; leave it out to merge on the CPU")
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"device is {str(device)!r}, and there are {torch.cuda.device_count()} GPUs, counted from 0")
-    elif device.type != "cpu":
-        raise ValueError(f"device is {str(device)!r}; choose a GPU ('cuda', with ROCm too) or 'cpu'")
-    ops.require_backend(device)
-    return device
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------

@@ -15,24 +15,25 @@ from torch import Tensor
 
 from .reference import KEEP_NONE, compute_dtype
 from .spec import MergeSpec, tensor_id
+from .streamed_selection import StreamedSelection
 from .triton_kernels import combine as combine_kernels
 from .triton_kernels import lerp as lerp_kernels
 from .triton_kernels import reduce as reduce_kernels
 from .triton_kernels.compat import INTERPRETED
-from .triton_kernels.launch import Finite, Row, Table, aligned, bits_of, chunks_of, tl_dtype
+from .triton_kernels.launch import CHUNK, Finite, Row, Table, aligned, bits_of, chunks_of, tl_dtype
 from .triton_kernels.rank import CUT, FOUND, SETTLED_WORDS
 from .triton_kernels.rows import KEY_WORD, LARGER_WORD
 from .triton_kernels.threshold import Segment, Selection
 
 __all__ = [
-    "INTERPRETED", "MergeJob", "PreparedMerge", "all_finite", "dots", "lerp", "lerp_many", "merge", "merge_many", "prepare_merge", "select",
-    "vote_balance",
+    "INTERPRETED", "MergeJob", "PreparedMerge", "StreamedSelection", "all_finite", "delta_sums", "dots", "lerp", "lerp_many", "merge",
+    "merge_many", "prepare_merge", "select", "vote_balance",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """One tensor of :func:`merge_many`; the fields are the arguments of :func:`merge`."""
+    """One tensor of :func:`merge_many`, or a slice of one; the fields are the arguments of :func:`merge`."""
 
     base: Tensor | None
     models: Sequence[Tensor]
@@ -40,6 +41,8 @@ class MergeJob:
     name: str = ""
     selection: Tensor | None = None
     balance: int | None = None
+    factors: Sequence[float] | None = None
+    first: int = 0
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -58,9 +61,12 @@ class _Rows:
 
     def add(
         self, base: Tensor | None, models: Sequence[Tensor], out: Tensor | None, compute: torch.dtype, header: Sequence[int],
-        per_model: Iterable[Sequence[int]],
+        per_model: Iterable[Sequence[int]], first: int = 0,
     ) -> None:  # fmt: skip
-        """`header`: the row's words from the tensor id to the flat index of its first element; `per_model`: those after the address."""
+        """`header`: the row's words from the tensor id to the flat index of its first element; `per_model`: those after the address.
+
+        With `first` the tensors are the elements of larger ones from that index on.
+        """
         models = list(models)
         if len({t.dtype for t in models}) > 1:
             for i, t in enumerate(models):
@@ -68,14 +74,14 @@ class _Rows:
                     models[i] = torch.empty(t.shape, dtype=compute, device=t.device)
                     self.copies.append((models[i], t))
         n = models[0].numel()
-        words = [n, 0 if base is None else base.data_ptr(), 0 if out is None else out.data_ptr(), *header, self._chunks]
+        words = [first + n, *(0 if t is None else _origin(t, first) for t in (base, out)), *header, self._chunks - first // CHUNK]
         for x, rest in zip(models, per_model, strict=True):
-            words += [x.data_ptr(), *rest]
+            words += [_origin(x, first), *rest]
         dtypes = (
             None if base is None else tl_dtype(base.dtype),
             *(tl_dtype(t.dtype) for t in (models[0], models[0] if out is None else out)),
         )
-        self.rows.append(Row((*dtypes, tl_dtype(compute), aligned([base, out, *models])), words))
+        self.rows.append(Row((*dtypes, tl_dtype(compute), aligned([base, out, *models])), words, first))
         self.sizes.append(n)
         self.first_chunk.append(self._chunks)
         self._chunks += chunks_of(n)
@@ -83,6 +89,11 @@ class _Rows:
     def widen(self) -> None:
         for wide, t in self.copies:
             wide.copy_(t)
+
+
+def _origin(t: Tensor, first: int) -> int:
+    """Where the whole tensor would begin of which `t` has the elements from `first` on."""
+    return t.data_ptr() - first * t.element_size()
 
 
 class PreparedMerge:
@@ -101,6 +112,9 @@ class PreparedMerge:
         given = [job.balance for job in jobs if job.balance is not None]
         if given and len(given) < len(jobs):
             raise ValueError("give the balance of every tensor, or of none")
+        rescaled = [job.factors for job in jobs if job.factors is not None]
+        if rescaled and len(rescaled) < len(jobs):
+            raise ValueError("give the factors of every tensor, or of none")
         self._majority = spec.elect and c.zero_vote == "majority" and not given
         sums = 0 if given else len(ranked)
         rescale = "none" if spec.sparsify == "none" else c.rescale
@@ -132,8 +146,10 @@ class PreparedMerge:
                 larger = cuts[count:] or [(0, 0)] * count
                 place = 1 + (j if given else number)
                 header = [tensor_id(job.name), place, seed, scale, divisor, selection_row, offset]
+                if job.factors is not None:
+                    factor_bits = [bits_of(factor, compute) for factor in job.factors]
                 per_model = [[w, f, *end, bound, *top] for w, f, end, bound, top in zip(weights, factor_bits, cuts, bounds, larger)]
-                rows.add(job.base, job.models, job.out, compute, header, per_model)
+                rows.add(job.base, job.models, job.out, compute, header, per_model, job.first)
                 offset += size
         self._rows = rows
         self.table = Table(rows.rows, jobs[0].out.device, sums=sums, given=given, entries=any(segments.values()))
@@ -141,8 +157,7 @@ class PreparedMerge:
             Selection(self.table, found, rows.sizes, rows.first_chunk, compute, c.tie_break == "all", to.value)
             for compute, pairs in segments.items() for to, found in zip(ends, zip(*pairs))
         ]  # fmt: skip
-        if rescale == "norm":
-            self._before.append(reduce_kernels.Norms(self.table, count, spec.sparsify))
+        self._norms = reduce_kernels.Norms(self.table, count, spec.sparsify) if rescale == "norm" and not rescaled else None
         self._choices = {
             "MODELS": count, "SPARSIFY": spec.sparsify, "RESCALED": rescale == "norm" or any(factor != 1.0 for factor in factors),
             "VOTE": vote or (c.vote if spec.elect else "none"), "VOTE_WEIGHTED": c.vote_weighted, "ZERO_VOTE": c.zero_vote,
@@ -150,11 +165,16 @@ class PreparedMerge:
         }  # fmt: skip
         self.finite = Finite([self.table])
 
-    def _until_votes(self) -> None:
+    def _until_norms(self) -> None:
         self.table.reset()
         self._rows.widen()
         for step in self._before:
             step.run()
+
+    def _until_votes(self) -> None:
+        self._until_norms()
+        if self._norms is not None:
+            self._norms.run()
 
     def run(self) -> Finite:
         """Merge once more. Only launches: nothing is allocated, and nobody waits for the device.
@@ -172,6 +192,11 @@ class PreparedMerge:
         self._until_votes()
         combine_kernels.combine(self.table, balance_only=True, **self._choices)
         return int(self.table.words[1 : 1 + len(self._jobs)].sum())
+
+    def delta_sums(self, before: Sequence[float]) -> list[float]:
+        """Of one job, whose spec restores norms: what these are made of, on top of `before`, and no merge."""
+        self._until_norms()
+        return self._norms.of_one(self._jobs[0].out.numel(), before)
 
 
 def _largest_key(compute: torch.dtype) -> int:
@@ -220,15 +245,41 @@ def merge(
     name: str = "",
     selection: Tensor | None = None,
     balance: int | None = None,
+    factors: Sequence[float] | None = None,
+    first: int = 0,
 ) -> Finite:
-    """:func:`pymerge.reference.merge` into `out`; what it returns is false when some delta is NaN or infinite."""
-    return merge_many([MergeJob(base, models, out, name, selection, balance)], spec)
+    """:func:`pymerge.reference.merge` into `out`; what it returns is false when some delta is NaN or infinite. `first` is a multiple of
+    4096."""
+    return merge_many([MergeJob(base, models, out, name, selection, balance, factors, first)], spec)
 
 
-def vote_balance(base: Tensor | None, models: Sequence[Tensor], spec: MergeSpec, *, name: str = "", selection: Tensor | None = None) -> int:
+def vote_balance(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    spec: MergeSpec,
+    *,
+    name: str = "",
+    selection: Tensor | None = None,
+    factors: Sequence[float] | None = None,
+    first: int = 0,
+) -> int:
     """See :func:`pymerge.reference.vote_balance`."""
-    job = MergeJob(base, models, models[0], name, selection)  # nothing is written
+    job = MergeJob(base, models, models[0], name, selection, None, factors, first)  # nothing is written
     return PreparedMerge([job], spec, vote=spec.convention.vote).balance()
+
+
+def delta_sums(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    spec: MergeSpec,
+    sums: Sequence[float],
+    *,
+    name: str = "",
+    selection: Tensor | None = None,
+    first: int = 0,
+) -> list[float]:
+    """See :func:`pymerge.reference.delta_sums`; for a spec that restores norms."""
+    return PreparedMerge([MergeJob(base, models, models[0], name, selection, first=first)], spec).delta_sums(sums)
 
 
 def select(bases: Sequence[Tensor] | None, models: Sequence[Sequence[Tensor]], counts: Sequence[int], tie_break: str = "first") -> Tensor:
@@ -286,6 +337,6 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return bool(Finite([table]))
 
 
-def dots(a: Tensor, b: Tensor) -> Tensor:
+def dots(a: Tensor, b: Tensor, sums: Sequence[float] = (0.0, 0.0, 0.0)) -> Tensor:
     """See :func:`pymerge.reference.dots`."""
-    return reduce_kernels.dots(a, b)
+    return reduce_kernels.dots(a, b, sums)

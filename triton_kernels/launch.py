@@ -82,10 +82,19 @@ def arena(device: torch.device, *parts: tuple[int, torch.dtype]) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor's part of a table: `words[0]` is its size, `group` is what its launch must know at compile time."""
+    """One tensor's part of a table: `words[0]` is its size, `group` is what its launch must know at compile time.
+
+    Elements before `first`, a multiple of BLOCK, are not there: no chunk has them. A slice of a tensor is a row that ends with it and whose
+    addresses are those that the whole tensor would have, so that kernels see every element under its index in the tensor.
+    """
 
     group: Hashable
     words: list[int]
+    first: int = 0
+
+    @property
+    def chunks(self) -> int:
+        return chunks_of(self.words[0] - self.first)
 
 
 @dataclass(frozen=True)
@@ -113,13 +122,14 @@ class Table:
             words += row.words
         keys = list(dict.fromkeys(row.group for row in rows))
         order = sorted(range(len(rows)), key=lambda r: keys.index(rows[r].group))
-        counts = torch.tensor([chunks_of(rows[r].words[0]) for r in order], dtype=torch.int64)
+        counts = torch.tensor([rows[r].chunks for r in order], dtype=torch.int64)
         self.chunks = int(counts.sum())
         of_row = torch.repeat_interleave(torch.arange(len(order)), counts)
         within = torch.arange(self.chunks) - (torch.cumsum(counts, 0) - counts)[of_row]
         rows_of_chunks = torch.tensor(order, dtype=torch.int64)[of_row]
         starts = torch.tensor(self.row_at, dtype=torch.int64)[rows_of_chunks]
-        parts = [torch.tensor(words, dtype=torch.int64), torch.stack([starts, within * CHUNK], 1).reshape(-1)]
+        first = torch.tensor([row.first for row in rows], dtype=torch.int64)[rows_of_chunks]
+        parts = [torch.tensor(words, dtype=torch.int64), torch.stack([starts, first + within * CHUNK], 1).reshape(-1)]
         if entries:
             # Stable: a row's chunks stay in order.
             parts.append(len(words) + 2 * torch.argsort(rows_of_chunks, stable=True))
@@ -128,7 +138,7 @@ class Table:
         self.groups: list[Group] = []
         at = len(words)
         for key in keys:
-            size = sum(chunks_of(row.words[0]) for row in rows if row.group == key)
+            size = sum(row.chunks for row in rows if row.group == key)
             self.groups.append(Group(key, at, size))
             at += 2 * size
         self.group_of = [self.groups[keys.index(row.group)] for row in rows]

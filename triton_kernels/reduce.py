@@ -5,6 +5,8 @@ A kernel gives the sums of blocks; they are added in order by one program per su
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -130,11 +132,11 @@ def dots_kernel(a, b, sums, n: tl.int64, TOGETHER: tl.constexpr):
     tl.store(sums + 2 * blocks + block, _fold(ab, TOGETHER), mask=block < blocks)
 
 
-def _in_order(sums: Tensor) -> Tensor:
-    """fp64 [rows, blocks] to [rows]: added in order from +0. Not the built-in sum, which corrects for rounding from Python 3.12 on."""
+def _in_order(sums: Tensor, before: Sequence[float]) -> Tensor:
+    """fp64 [rows, blocks] to [rows]: added in order to what was before. Not the built-in sum, which corrects for rounding from Python 3.12
+    on."""
     totals = []
-    for row in sums.tolist():
-        total = 0.0
+    for row, total in zip(sums.tolist(), before, strict=True):
         for value in row:
             total += value
         totals.append(total)
@@ -159,6 +161,22 @@ class Norms:
         self.places = list(zip(computes, pack(device, *rows)))
 
     def run(self) -> None:
+        self._add_blocks()
+        words, chunks = self.table.words, self.table.chunks
+        for compute, places in self.places:
+            launch(
+                factor_kernel, len(places) * self.models, words.device, words, places, self.sums, chunks,
+                COMPUTE=compute, MODELS=self.models, TOGETHER=self.together, UNROLL=UNROLL,
+            )  # fmt: skip
+
+    def of_one(self, n: int, before: Sequence[float]) -> list[float]:
+        """Of a table with one tensor, or a slice of one, of `n` elements: per model the sums of |delta| and of its kept part, on top of
+        those of the slices `before`. Waits for the device."""
+        self._add_blocks()
+        sums = self.sums.view(2 * self.models, self.table.chunks * self.together)
+        return _in_order(sums[:, : _blocks(n)], before).tolist()
+
+    def _add_blocks(self) -> None:
         words, chunks = self.table.words, self.table.chunks
         for group in self.table.groups:
             base, model, _, compute, _ = group.key
@@ -167,16 +185,11 @@ class Norms:
                 HAS_BASE=base is not None, BASE=base or model, MODEL=model, COMPUTE=compute, SPARSIFY=self.sparsify, MODELS=self.models,
                 CHUNK=self.table.chunk, TOGETHER=self.together,
             )  # fmt: skip
-        for compute, places in self.places:
-            launch(
-                factor_kernel, len(places) * self.models, words.device, words, places, self.sums, chunks,
-                COMPUTE=compute, MODELS=self.models, TOGETHER=self.together, UNROLL=UNROLL,
-            )  # fmt: skip
 
 
-def dots(a: Tensor, b: Tensor) -> Tensor:
+def dots(a: Tensor, b: Tensor, before: Sequence[float] = (0.0, 0.0, 0.0)) -> Tensor:
     """See :func:`pymerge.reference.dots`."""
     blocks = _blocks(a.numel())
     sums = torch.empty((3, blocks), dtype=torch.float64, device=a.device)
     launch(dots_kernel, -(-blocks // TOGETHER), a.device, a, b, sums, a.numel(), TOGETHER=TOGETHER)
-    return _in_order(sums)
+    return _in_order(sums, before)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .device import Device
 from .many import PlannedMerge
 from .memory import Schedule, make_schedule
 from .merger import TensorMerger
@@ -48,7 +49,9 @@ class Estimate:
     write_rate: float
 
 
-def estimate(merges: Sequence[PlannedMerge], memory: int | None = None, write_rate: float = WRITE_RATE) -> Estimate:
+def estimate(
+    merges: Sequence[PlannedMerge], memory: int | None = None, write_rate: float = WRITE_RATE, device: Device | None = None
+) -> Estimate:
     """Estimate how long merges will take, one after the other. Reads and merges up to :data:`SAMPLE` bytes of them; writes nothing.
 
     Reading and writing are taken to share a disk and merging to go on beside them, so the time is that of reading and writing, or of
@@ -58,16 +61,17 @@ def estimate(merges: Sequence[PlannedMerge], memory: int | None = None, write_ra
         merges: what is to be done. Those that use results which are not there yet add to the work and not to the sample.
         memory: budget, see :func:`pymerge.merge`.
         write_rate: bytes per second to assume.
+        device: that merges, None for the CPU.
 
     Raises:
         CheckpointError, MergeError: a part of the sample cannot be read or merged.
         ValueError: the budget is too small.
     """
     meter = Meter()
-    schedules = [merge.plan.schedule(memory) for merge in merges]
+    schedules = [merge.plan.schedule(memory, device=device) for merge in merges]
     ready = [merge.plan for merge in merges if merge.ready]
     for plan in ready:
-        _sample(plan, memory, SAMPLE // len(ready), meter)
+        _sample(plan, memory, SAMPLE // len(ready), meter, device)
     read = sum(schedule.bytes_read for schedule in schedules)
     written = sum(merge.plan.bytes_written for merge in merges)
     read_rate, merge_rate = meter.rate("reading"), meter.rate("merging")
@@ -88,7 +92,7 @@ def _passes(schedule: Schedule) -> int:
     return max((1 + (piece.group.sliced.passes if piece.group else 0) for job in schedule.jobs for piece in job.pieces), default=0)
 
 
-def _sample(plan: Plan, memory: int | None, nbytes: int, meter: Meter) -> None:
+def _sample(plan: Plan, memory: int | None, nbytes: int, meter: Meter, device: Device | None) -> None:
     """Merge some tensors of a plan, at random so that a second estimate does not find them all in the page cache."""
 
     def size(tensor: TensorPlan) -> int:
@@ -104,7 +108,7 @@ def _sample(plan: Plan, memory: int | None, nbytes: int, meter: Meter) -> None:
     if not chosen:
         chosen = sorted((t for t in plan.tensors if not t.copied), key=size)[:1]
     merger = TensorMerger(dataclasses.replace(plan, tensors=tuple(chosen)), check_finite=False)
-    schedule = make_schedule(chosen, plan.method, plan.recipe.dtype, memory)
+    schedule = make_schedule(chosen, plan.method, plan.recipe.dtype, memory, device=device)
     run(schedule, plan.checkpoints, _Nowhere(), merger, min(4, os.cpu_count() or 1), None, meter)
 
 

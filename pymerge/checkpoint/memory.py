@@ -2,12 +2,12 @@
 
 Elementwise methods need no whole tensor, so large tensors are worked in slices. A method that must know something of all of a tensor first
 (thresholds, norms) takes the tensor whole where that fits in the budget, because then it is read once, and else in slices, pass by pass.
+Where a device merges, a job has to fit in the host's budget and in the device's.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,9 +16,10 @@ import torch
 
 from ..merge_methods.registry import Method
 from ..merge_methods.sliced import Sliced, SlicedTensor
-from ..slice_ops import ALIGNMENT, can_slice
+from ..slice_ops import ALIGNMENT
 from . import dtypes
-from .available import memory_left
+from .budget import LEAST_MEMORY, default_memory
+from .device import Device
 from .format import TensorInfo
 from .ring import aligned
 from .settings import is_built_in
@@ -28,13 +29,11 @@ if TYPE_CHECKING:
     from .plan import TensorPlan
 
 __all__ = [
-    "LEAST_MEMORY",
     "Buffers",
     "Group",
     "Job",
     "Piece",
     "Schedule",
-    "default_memory",
     "input_pieces",
     "make_schedule",
     "size_of",
@@ -49,27 +48,8 @@ SLICE = 64 * 2**20
 MOST_AHEAD = 192 * 2**20
 """Bytes read ahead of the merge and written behind it, at most, beyond the largest job."""
 
-LEAST_MEMORY = 64 * 2**20
-"""The smallest budget: below it slices get so short that reading them is slow."""
-
-MOST_BY_DEFAULT = 4 * 10**9
-"""The budget where none is given, at most. More makes nothing faster but methods that need whole tensors of gigabytes."""
-
 UNIT = 1 << 16
 """Elements: slices are multiples of it where they can be, which is the core's unit of work."""
-
-
-def default_memory() -> int:
-    """The budget where none is given: 4 GB, or a quarter of the machine's memory or of what a container's limit leaves, if that is less."""
-    there = [MOST_BY_DEFAULT * 4]
-    try:
-        there.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):  # a system that does not say
-        pass
-    left = memory_left()
-    if left is not None:
-        there.append(left)
-    return max(LEAST_MEMORY, min(there) // 4)
 
 
 @dataclass(frozen=True)
@@ -137,12 +117,16 @@ class Schedule:
         buffers: memory for tensors on their way.
         bytes_read: of tensors, every pass counted.
         warnings: tensors that do not fit in the budget and cannot be merged in slices.
+        device: that merges, None for the CPU.
+        device_buffers: its memory for tensors on their way.
     """
 
     jobs: tuple[Job, ...]
     buffers: Buffers
     bytes_read: int
     warnings: tuple[str, ...]
+    device: Device | None = None
+    device_buffers: Buffers = Buffers(0, 0)
 
 
 def size_of(code: str, count: int) -> int:
@@ -159,7 +143,12 @@ def input_pieces(piece: Piece) -> dict[tuple[int, str], tuple[TensorInfo, int, i
 
 
 def make_schedule(
-    tensors: Sequence[TensorPlan], method: Method, dtype: str | None, memory: int | None = None, done: Container[str] = ()
+    tensors: Sequence[TensorPlan],
+    method: Method,
+    dtype: str | None,
+    memory: int | None = None,
+    done: Container[str] = (),
+    device: Device | None = None,
 ) -> Schedule:
     """Cut the merge of `tensors` into jobs that keep within a budget.
 
@@ -170,22 +159,31 @@ def make_schedule(
         memory: bytes for tensors on their way and for what a method gathers; :func:`default_memory` by default. Python and torch themselves
             take about 300 MB besides.
         done: names of tensors that need not be merged any more. They are still read where the others are ranked together with them.
+        device: that merges, with its own budget for what is said of `memory`; None for the CPU.
 
     Raises:
-        ValueError: `memory` is less than LEAST_MEMORY, or the backend merges whole tensors only and ranks over the whole model are wanted.
+        ValueError: a budget is less than LEAST_MEMORY; the method cannot be merged on the device.
     """
     memory = default_memory() if memory is None else memory
-    if memory < LEAST_MEMORY:
-        raise ValueError(f"a memory budget of {format_bytes(memory)} is too small; it must be at least {format_bytes(LEAST_MEMORY)}")
-    cutter = _Cutter(method, dtype, memory)
+    for budget, what in ((memory, "memory"), (memory if device is None else device.memory, "device memory")):
+        if budget < LEAST_MEMORY:
+            raise ValueError(f"a {what} budget of {format_bytes(budget)} is too small; it must be at least {format_bytes(LEAST_MEMORY)}")
+    if device is not None and method.cpu_only:
+        raise ValueError(f"{method.name!r} is merged on the CPU only: {method.cpu_only}; leave --device (device=) out")
+    cutter = _Cutter(method, dtype, memory, device)
     pieces = list(cutter.pieces(tensors, done))
-    jobs = _jobs(pieces, min(BATCH, memory // 8))
+    jobs = _jobs(pieces, min(BATCH, cutter.budget // 8))
+    read = sum(count for piece in pieces for _, _, count in input_pieces(piece).values())
+    on_device = Buffers(0, 0) if device is None else _buffers(jobs, device.memory - cutter.scratch)
+    return Schedule(tuple(jobs), _buffers(jobs, memory), read, tuple(cutter.warnings), device, on_device)
+
+
+def _buffers(jobs: Sequence[Job], memory: int) -> Buffers:
+    """Room for the largest job, and for others before and after it as far as the budget allows."""
     largest_in = max((job.bytes_in for job in jobs), default=0)
     largest_out = max((job.bytes_out for job in jobs), default=0)
     ahead = max(0, min(MOST_AHEAD, memory - memory // 4 - largest_in - largest_out))
-    buffers = Buffers(largest_in + min(max(largest_in, BATCH), ahead * 2 // 3), largest_out + min(max(largest_out, BATCH), ahead // 3))
-    read = sum(count for piece in pieces for _, _, count in input_pieces(piece).values())
-    return Schedule(tuple(jobs), buffers, read, tuple(cutter.warnings))
+    return Buffers(largest_in + min(max(largest_in, BATCH), ahead * 2 // 3), largest_out + min(max(largest_out, BATCH), ahead // 3))
 
 
 def _jobs(pieces: Iterable[Piece], batch_size: int) -> list[Job]:
@@ -207,15 +205,22 @@ def _jobs(pieces: Iterable[Piece], batch_size: int) -> list[Job]:
 
 
 class _Cutter:
-    """Decides for every tensor whether it is worked whole or in slices."""
+    """Decides for every tensor whether it is worked whole or in slices.
 
-    def __init__(self, method: Method, dtype: str | None, memory: int) -> None:
+    Attributes:
+        budget: bytes that the work has where it has least.
+        scratch: most that a tensor needs besides its buffers when it is merged whole.
+    """
+
+    def __init__(self, method: Method, dtype: str | None, memory: int, device: Device | None) -> None:
         self._method = method
         self._dtype = dtype
-        self._gathered = memory // 8  # for what a method gathers in a pass
-        self._whole = memory - memory // 4
-        self._slice = min(SLICE, memory // 8)
-        self._slices = can_slice(torch.device("cpu"))
+        self._device = device
+        self._memory = memory
+        self.budget = memory if device is None else min(memory, device.memory)
+        self._gathered = (memory if device is None else device.memory) // 8  # for what a method gathers in a pass
+        self._slice = min(SLICE, self.budget // 8)
+        self.scratch = 0
         self.warnings: list[str] = []
 
     def pieces(self, tensors: Sequence[TensorPlan], done: Container[str]) -> Iterable[Piece]:
@@ -237,15 +242,12 @@ class _Cutter:
 
     def _over_the_model(self, tensor: TensorPlan) -> bool:
         method = self._method
-        if tensor.copied or method.whole_model is None or method.whole_model(**tensor.parameters) is None:
-            return False
-        if not self._slices:
-            raise ValueError('ranks over the whole model (scope "model") need the native or the reference backend')
-        return True
+        return not tensor.copied and method.whole_model is not None and method.whole_model(**tensor.parameters) is not None
 
     def _group(self, tensors: Sequence[TensorPlan]) -> Group:
+        where = torch.device("cpu") if self._device is None else self._device.device
         described = [
-            SlicedTensor(t.output.name, t.output.shape, any(self._code(info) == "F64" for _, info in t.inputs), t.parameters)
+            SlicedTensor(t.output.name, t.output.shape, any(self._code(info) == "F64" for _, info in t.inputs), t.parameters, where)
             for t in tensors
         ]
         return Group(self._method.sliced(described, self._gathered), {t.output.name: t for t in tensors})
@@ -257,17 +259,30 @@ class _Cutter:
             return [whole]
         if tensor.copied:
             return self._cut(tensor, None, 0)
-        if self._slices and self._method.sliced is not None:
+        if self._method.sliced is not None:
             group = self._group([tensor])
             passes = group.sliced.passes
-            if not passes or nbytes + self._scratch(tensor, passes) > self._whole:
+            if not passes or self._lacks_memory(tensor, nbytes, passes):
                 return [piece for step in range(passes + 1) for piece in self._cut(tensor, group, step)]
-        elif nbytes + self._scratch(tensor, 0) > self._whole:
+        elif lacking := self._lacks_memory(tensor, nbytes, 0):
             self.warnings.append(
-                f"{tensor.output.name!r} takes {format_bytes(nbytes)}, more than the memory budget allows, and {self._method.name!r} needs "
-                "the whole tensor"
+                f"{tensor.output.name!r} takes {format_bytes(nbytes)}, more than the {lacking} budget allows, and {self._method.name!r} "
+                "needs the whole tensor"
             )
         return [whole]
+
+    def _lacks_memory(self, tensor: TensorPlan, nbytes: int, passes: int) -> str:
+        """Which budget does not allow a tensor to be merged whole, if one does not. What is merged on a device takes no more than its
+        buffers on the host."""
+        scratch = self._scratch(tensor, passes)
+        lacking = ""
+        if self._device is not None and nbytes + scratch > self._device.memory - self._device.memory // 4:
+            lacking = "device memory"
+        elif nbytes + (0 if self._device else scratch) > self._memory - self._memory // 4:
+            lacking = "memory"
+        if not lacking:
+            self.scratch = max(self.scratch, scratch)
+        return lacking
 
     def _code(self, info: TensorInfo) -> str:
         """The dtype that an input has when the method gets it."""
@@ -280,7 +295,14 @@ class _Cutter:
         count = _numel(tensor)
         cast = [self._code(info) for _, info in tensor.inputs if self._code(info) != info.dtype]
         fp8 = sum(info.dtype.startswith("F8") for _, info in tensor.inputs)
-        return sum(size_of(code, count) for code in cast) + 4 * count * fp8 + (count * len(tensor.inputs) // 2 if passes else 0)
+        if self._device is None:
+            return sum(size_of(code, count) for code in cast) + 4 * count * fp8 + (count * len(tensor.inputs) // 2 if passes else 0)
+        # Models of several dtypes are widened, a result in fp8 is rounded from fp32, selections have room for more candidates, and methods
+        # that know no slices keep masks of the models and a number per element.
+        wide = 4 * count * (len(tensor.inputs) if len({info.dtype for _, info in tensor.inputs}) > 1 else 0)
+        wide += 4 * count * tensor.output.dtype.startswith("F8")
+        own = 2 * count * len(tensor.inputs) if passes else count * (4 + len(tensor.inputs)) if self._method.sliced is None else 0
+        return sum(size_of(code, count) for code in cast) + 4 * count * fp8 + wide + own
 
     def _cut(self, tensor: TensorPlan, group: Group | None, step: int) -> Iterable[Piece]:
         size = _numel(tensor)

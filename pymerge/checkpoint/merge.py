@@ -16,11 +16,14 @@ from .. import ops
 from ..recipe.schema import Recipe
 from .adapter_recipe import is_adapter_recipe, merge_adapter_recipe
 from .beside import card_of, extra_files
+from .budget import default_memory
+from .device import Device, choose_device
+from .failures import DeviceError, MergeError
 from .format import CheckpointError, InputChangedError
 from .inputs import Hashes, InputFiles
 from .many import plan_merges
-from .memory import Schedule, default_memory
-from .merger import MergeError, TensorMerger
+from .memory import Schedule
+from .merger import TensorMerger
 from .meter import Meter
 from .notes import add_note
 from .pipeline import run
@@ -31,7 +34,7 @@ from .sizes import parse_bytes
 from .target import is_file_target
 from .writer import CheckpointWriter
 
-__all__ = ["MergeError", "MergeReport", "merge", "run_plan", "usable_schedule"]
+__all__ = ["DeviceError", "MergeError", "MergeReport", "merge", "run_plan", "usable_schedule"]
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,15 @@ def merge(
     threads: int | None = None,
     seed: int | None = None,
     memory: int | str | None = None,
+    device: torch.device | str | None = None,
+    device_memory: int | str | None = None,
     download: bool = False,
 ) -> MergeReport:
     """Merge checkpoints on disk as a recipe says, tensor by tensor.
 
     Memory stays within a budget, whatever the size of the models and of their tensors. The result appears at `out` complete or not at all.
-    The same recipe and models give the same files, byte for byte, for any number of threads and any budget, at any place, resumed or not.
+    The same recipe and models give the same files, byte for byte, for any number of threads, any budget and device, at any place, resumed
+    or not.
     A file with several recipes is merged into folders of their names in `out`; what is there already is not merged again.
 
     What ended a merge decides what becomes of the work: after an interrupt, a full disk or a read error the tensors that are done stay in
@@ -103,24 +109,32 @@ def merge(
             quarter of the machine's memory or a quarter of what a container's limit leaves, whichever is the least. Python and torch take
             about 300 MB besides. Tensors that do not fit are merged in slices; a method that knows none (one of your own, say) gets them
             whole all the same, with a warning.
+        device: a GPU to merge on ("cuda", "cuda:1"); by default the CPU. Tensors are read into pinned memory, and copied there and back
+            while others are merged.
+        device_memory: budget on the device, for the same; by default as much as `memory`, but no more than nine tenths of what is free.
         download: fetch models that the recipe names by hub id and that are not in the Hugging Face cache.
 
     Returns:
         What was done; for several recipes, for the last of them.
 
     Raises:
+        ValueError: there is no such device, or it has not as much memory free; nothing was read or written.
         RecipeError: the recipe, the models' headers or `out` do not allow the merge; lists everything that is wrong. No tensor was read.
         CheckpointError: a file ended while it was read, or cannot be read.
         InputChangedError: an input is no longer what it was when the merge began; a CheckpointError.
         ResumeError: an unfinished merge is of another recipe, of other inputs or by another version of pymerge.
         OutputInUseError: another process is writing to `out`; an OSError.
         NonFiniteError: an input has a NaN or an infinity.
-        MergeError: the method failed, a result overflowed, or integer tensors differ.
+        MergeError: the method failed, a result overflowed, or integer tensors differ; a method or recipe that is for the CPU only.
+        DeviceError: the device failed or has too little memory; a MergeError.
         OSError: writing failed.
     """
-    if is_adapter_recipe(recipe):
-        return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force, progress=progress)
     budget = None if memory is None else parse_bytes(memory)
+    chosen = choose_device(device, None if device_memory is None else parse_bytes(device_memory), budget)
+    if is_adapter_recipe(recipe):
+        if chosen is not None:
+            raise MergeError("adapters are merged with each other on the CPU only; leave --device (device=) out")
+        return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force, progress=progress)
     options = {"shard_size": parse_bytes(shard_size), "dtype": _text(dtype), "out_dtype": _text(out_dtype), "seed": seed}
     report = None
     for place, plan in plan_merges(recipe, out, force=force, resume=resume, download=download, **options):
@@ -130,7 +144,7 @@ def merge(
         with plan:
             report = run_plan(
                 plan, place, force=force, resume=resume, verify=verify, check_finite=check_finite, progress=progress, threads=threads,
-                memory=budget,
+                memory=budget, device=chosen,
             )  # fmt: skip
     return report
 
@@ -139,15 +153,15 @@ def _text(dtype: str | torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype)
 
 
-def usable_schedule(plan: Plan, memory: int | None) -> Schedule:
+def usable_schedule(plan: Plan, memory: int | None, device: Device | None = None) -> Schedule:
     """The schedule of a plan, when this machine, the environment's settings and the budget allow it.
 
     Raises:
         MergeError: they do not.
     """
     try:
-        ops.require_backend(torch.device("cpu"))
-        return plan.schedule(memory)
+        ops.require_backend(torch.device("cpu") if device is None else device.device)
+        return plan.schedule(memory, device=device)
     except (ImportError, ValueError) as error:
         raise MergeError(str(error)) from error
 
@@ -163,13 +177,14 @@ def run_plan(
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
     memory: int | None = None,
+    device: Device | None = None,
     meter: Meter | None = None,
 ) -> MergeReport:
     """Carry out a plan made for `out`; arguments and errors as :func:`merge` has them. `meter` is told what each stage does."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; at least one has to read")
     memory = default_memory() if memory is None else memory  # once: what is left in a container may change
-    usable_schedule(plan, memory)
+    usable_schedule(plan, memory, device)
     began = time.perf_counter()
     out = Path(out).absolute()
     single = is_file_target(out)
@@ -178,7 +193,7 @@ def run_plan(
     with CheckpointWriter(out, plan.layout, force=force, resume=resume, description=describe(plan, inputs, extras)) as writer:
         resumed = len(writer.done)
         left = dataclasses.replace(plan, tensors=tuple(t for t in plan.tensors if t.output.name not in writer.done))
-        schedule = plan.schedule(memory, done=writer.done)
+        schedule = plan.schedule(memory, done=writer.done, device=device)
         if not writer.committed:
             try:
                 with _compute_threads(threads):
@@ -228,7 +243,7 @@ def _fill(writer, plan, left, schedule, inputs, verify, check_finite, progress, 
 
 def _worth_resuming(error: BaseException, inputs: InputFiles) -> bool:
     """Whether what stopped a merge may be gone the next time; a tensor that cannot be merged, or an input that is another now, stays."""
-    if not isinstance(error, (KeyboardInterrupt, SystemExit, OSError, MemoryError, CheckpointError)):
+    if not isinstance(error, (KeyboardInterrupt, SystemExit, OSError, MemoryError, CheckpointError, DeviceError)):
         return False
     try:
         inputs.check()

@@ -11,24 +11,23 @@ from torch import Tensor
 
 from ..finite import NonFiniteError
 from . import dtypes
+from .device import device_errors
+from .failures import MergeError
 from .format import CheckpointError
 from .memory import Group, Piece, input_pieces, size_of
 from .pipeline import Starts
 from .plan import Plan, TensorPlan
 from .settings import is_built_in
+from .sizes import format_bytes
 
-__all__ = ["MergeError", "TensorMerger"]
+__all__ = ["TensorMerger"]
 
 NARROW = ("F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 """Types whose largest number is small enough for sums of weights to overflow."""
 
 
-class MergeError(RuntimeError):
-    """A merge failed after it had begun. Nothing was left at the output's name."""
-
-
 class TensorMerger:
-    """Merges the pieces of a plan's tensors in the pipeline's memory."""
+    """Merges the pieces of a plan's tensors where the pipeline has put them: in the host's memory or on a device."""
 
     def __init__(self, plan: Plan, check_finite: bool) -> None:
         self._plan = plan
@@ -37,22 +36,25 @@ class TensorMerger:
         self._widens = is_built_in(plan.method)
         self._steps: dict[int, int] = {}
 
-    def merge(self, piece: Piece, source: memoryview, starts: Starts, target: memoryview, position: int) -> None:
+    def merge(self, piece: Piece, source: Tensor, starts: Starts, target: Tensor) -> None:
         """See :class:`pymerge.checkpoint.pipeline.PieceMerger`."""
         tensor = piece.tensor
-        out = _bytes(target, position, piece.bytes_out)
         sizes = {key: size for key, (_, _, size) in input_pieces(piece).items()}
-        inputs = [_bytes(source, starts[index, info.name], sizes[index, info.name]) for index, info in tensor.inputs]
+        places = [(starts[index, info.name], sizes[index, info.name]) for index, info in tensor.inputs]
+        inputs = [source[start : start + size] for start, size in places]
         if tensor.copied:
-            self._copy(tensor, inputs, out)
+            self._copy(tensor, inputs, target)
             return
-        result = out.view(dtypes.torch_dtype(tensor.output.dtype))
-        with self._explained(tensor):
+        result = target.view(dtypes.torch_dtype(tensor.output.dtype))
+        finite = True
+        with self._explained(piece, source.device):
             if piece.group is None:
                 self._merge_whole(tensor, inputs, result.view(tensor.output.shape))
             else:
                 self._merge_slice(piece, piece.group, inputs, result)
-        if piece.merged and self._check_finite and tensor.output.dtype in NARROW and not torch.isfinite(result.float()).all():
+            if piece.merged and self._check_finite and tensor.output.dtype in NARROW:
+                finite = bool(torch.isfinite(result.float()).all())
+        if not finite:
             raise MergeError(
                 f"{tensor.output.name!r}: the merged values overflow {dtypes.name_of(tensor.output.dtype)}; "
                 "choose another out_dtype, such as bfloat16"
@@ -72,7 +74,7 @@ class TensorMerger:
         sliced, name = group.sliced, piece.tensor.output.name
 
         def read(name: str, ranges: Sequence[tuple[int, int]]) -> tuple[Tensor | None, list[Tensor]]:
-            return self._read(group.tensors[name], ranges)
+            return self._read(group.tensors[name], ranges, inputs[0].device)
 
         step = self._steps.setdefault(id(group), -1)
         while step < piece.step:
@@ -87,7 +89,7 @@ class TensorMerger:
         else:
             sliced.merge(name, piece.first, base, models, result, self._check_finite)
 
-    def _read(self, tensor: TensorPlan, ranges: Sequence[tuple[int, int]]) -> tuple[Tensor | None, list[Tensor]]:
+    def _read(self, tensor: TensorPlan, ranges: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor | None, list[Tensor]]:
         """Elements out of order, read here and now: samples, and what has to be looked at again."""
         inputs = []
         for index, info in tensor.inputs:
@@ -97,7 +99,7 @@ class TensorMerger:
                 size = size_of(info.dtype, end - begin)
                 self._plan.checkpoints[index].read_into(info, view[position : position + size], size_of(info.dtype, begin))
                 position += size
-            inputs.append(data)
+            inputs.append(data.to(device))
         return self._typed(tensor, inputs)
 
     def _typed(self, tensor: TensorPlan, inputs: Sequence[Tensor], shaped: bool = False) -> tuple[Tensor | None, list[Tensor]]:
@@ -123,12 +125,21 @@ class TensorMerger:
         out.copy_(pieces[0])
 
     @contextmanager
-    def _explained(self, tensor: TensorPlan):
+    def _explained(self, piece: Piece, device: torch.device):
+        tensor = piece.tensor
         try:
             yield
         except NonFiniteError as error:
             raise NonFiniteError(self._with_model_name(str(error), tensor)) from None
-        except (MemoryError, torch.OutOfMemoryError):
+        except torch.OutOfMemoryError as error:
+            size = format_bytes(piece.bytes_out + sum(size for _, _, size in input_pieces(piece).values()))
+            doing = f"{tensor.output.name!r}: {size} of it are there, and {self._plan.method.name!r} needs memory besides"
+            with device_errors(device, doing):
+                raise error
+        except getattr(torch, "AcceleratorError", ()) as error:
+            with device_errors(device, repr(tensor.output.name)):
+                raise error
+        except MemoryError:
             raise MergeError(
                 f"{tensor.output.name!r}: there is not enough memory to merge it; `pymerge plan` shows how much the merge takes"
             ) from None
@@ -147,9 +158,3 @@ class TensorMerger:
         code = self._plan.recipe.dtype
         cast = f" (after the recipe's dtype turned it from {info.dtype} into {code})" if code not in (None, info.dtype) else ""
         return f"{self._plan.checkpoints[index].path}: {message[match.end() :]}{cast}"
-
-
-def _bytes(memory: memoryview, start: int, nbytes: int) -> Tensor:
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)

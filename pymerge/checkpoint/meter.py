@@ -1,4 +1,4 @@
-"""How long each stage of a merge was at work: what tells whether reading, merging or writing sets the pace."""
+"""How long each stage of a merge was at work: what tells which of them sets the pace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 __all__ = ["STAGES", "Meter"]
 
-STAGES = ("reading", "merging", "writing")
+STAGES = ("reading", "uploading", "merging", "downloading", "writing")
+"""In the order in which tensors pass them; those in the middle copy to a device and back, if there is one."""
 
 
 class Meter:
@@ -18,11 +19,13 @@ class Meter:
     Reading's rate is what the disk (or the page cache) gave while it was asked; writing's includes flushing to the disk.
 
     Attributes:
+        stages: that the merge has.
         bytes, seconds: by stage.
         before: bytes that an earlier run had read and written, so that this one need not.
     """
 
     def __init__(self) -> None:
+        self.stages = ("reading", "merging", "writing")
         self.bytes = dict.fromkeys(STAGES, 0)
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.before = 0
@@ -43,5 +46,5 @@ class Meter:
 
     def slowest(self) -> str | None:
         """The stage that was busy longest so far, None before any was."""
-        stage = max(STAGES, key=lambda s: self.seconds[s])
+        stage = max(self.stages, key=lambda s: self.seconds[s])
         return stage if self.seconds[stage] > 0 else None

@@ -18,6 +18,7 @@ from . import dtypes
 from .align import Alignment, align_vocabularies, pad_vocabularies
 from .changes import Changes, choose_chat_template, layer_changes
 from .compare import Matched, match_tensors
+from .device import Device
 from .extras import files_to_copy
 from .format import TensorInfo
 from .layout import Layout, OutputTensor, make_layout
@@ -83,9 +84,9 @@ class Plan:
     alignment: Alignment | None
     warnings: tuple[str, ...]
 
-    def schedule(self, memory: int | None = None, *, done: Container[str] = ()) -> Schedule:
+    def schedule(self, memory: int | None = None, *, done: Container[str] = (), device: Device | None = None) -> Schedule:
         """The work, cut up to fit a memory budget; see :func:`pymerge.checkpoint.memory.make_schedule`."""
-        return make_schedule(self.tensors, self.method, self.recipe.dtype, memory, done)
+        return make_schedule(self.tensors, self.method, self.recipe.dtype, memory, done, device)
 
     @property
     def bytes_read(self) -> int:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
 
 __all__ = ["ALIGNMENT", "Ring", "Stopped", "aligned"]
 
@@ -20,25 +24,37 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def _touched_once(capacity: int) -> mmap.mmap:
+    """Fresh memory costs a page fault per 4 KiB, as much time as reading the data into it; this memory is faulted in once, in huge pages
+    where the system has them."""
+    memory = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without them
+            pass
+    return memory
+
+
 class Ring:
     """A block of `capacity` bytes, cut into contiguous pieces for one thread that takes and another that releases, first in first out.
 
-    Fresh memory costs a page fault per 4 KiB, as much time as reading the data into it; this memory is faulted in once, in huge pages
-    where the system has them.
+    Args:
+        capacity: bytes.
+        allocate: gives that many bytes as a tensor; by default they are the host's.
 
     Attributes:
-        view: the block's bytes.
+        memory: the block's bytes.
+        view: the same, of the host's memory.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, allocate: Callable[[int], Tensor] | None = None) -> None:
         self.capacity = max(aligned(capacity), ALIGNMENT)
-        self._memory = mmap.mmap(-1, self.capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel without them
-                pass
-        self.view = memoryview(self._memory)
+        if allocate is None:
+            self.view = memoryview(_touched_once(self.capacity))
+            self.memory = torch.frombuffer(self.view, dtype=torch.uint8)
+        else:
+            self.memory = allocate(self.capacity)
         self._pieces: deque[tuple[int, int]] = deque()
         self._changed = threading.Condition()
         self._stopped = False

@@ -13,6 +13,8 @@ import torch
 
 from .. import ops
 from ..recipe.source import Source, parse_text
+from .device import choose_device
+from .failures import MergeError
 from .format import CheckpointError, TensorInfo
 from .lora.adapter import is_adapter
 from .merger import TensorMerger
@@ -40,6 +42,7 @@ def verify(
     check_finite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
+    device: torch.device | str | None = None,
 ) -> VerifyReport:
     """Merge tensors of an output once more, from the inputs that it names, and compare them with what it holds. Writes nothing.
 
@@ -54,18 +57,23 @@ def verify(
         check_finite: end with an error at a NaN or an infinity in an input.
         progress: called as ``progress(bytes_done, bytes_total)``.
         threads: that read.
+        device: a GPU to merge on, whatever `out` was merged on; by default the CPU.
 
     Raises:
+        ValueError: there is no such device.
         CheckpointError: `out` is no checkpoint, is malformed, or does not say how it was made.
         RecipeError: its recipe cannot be carried out, for example because a model is not there any more.
+        MergeError: its method is for the CPU only.
+        DeviceError: the device failed or has too little memory; a MergeError.
     """
     if sample is not None and sample < 1:
         raise ValueError(f"sample is {sample}; at least one tensor has to be checked")
+    place = choose_device(device, None, None)
     if is_adapter(out):
         from .lora.verify import verify_adapter
 
         return verify_adapter(Path(out), folder=None if folder is None else Path(folder), sample=sample, seed=seed, progress=progress)
-    ops.require_backend(torch.device("cpu"))
+    ops.require_backend(torch.device("cpu") if place is None else place.device)
     with open_checkpoint(out) as output:
         origin = read_provenance(output)
         named = _results(origin, Path(out), Path(folder or "."))
@@ -77,7 +85,10 @@ def verify(
             names = {tensor.output.name for tensor in chosen}
             part = dataclasses.replace(plan, tensors=tuple(t for t in plan.tensors if t.output.name in names))
             comparer = _Comparer(output)
-            schedule = plan.schedule(done={t.output.name for t in plan.tensors} - names)
+            try:
+                schedule = plan.schedule(done={t.output.name for t in plan.tensors} - names, device=place)
+            except ValueError as error:
+                raise MergeError(str(error)) from error
             total, done = schedule.bytes_read + sum(t.output.nbytes for t in part.tensors), 0
 
             def advance(count: int) -> None:

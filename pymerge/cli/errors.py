@@ -18,7 +18,7 @@ class Explanation:
     """What became of a command that did not succeed.
 
     Attributes:
-        kind: for programs: "usage", "recipe", "resume", "checkpoint", "not_finite", "merge", "system", "memory", "interrupted".
+        kind: for programs: "usage", "recipe", "resume", "checkpoint", "not_finite", "device", "merge", "system", "memory", "interrupted".
         message: for people.
         status: to exit with.
         problems: of a recipe: each with source, line, place and message.
@@ -78,7 +78,13 @@ def _explain(error: Exception) -> Explanation | None:
     return None
 
 
-_KINDS = {"ResumeError": "resume", "CheckpointError": "checkpoint", "NonFiniteError": "not_finite", "MergeError": "merge"}
+_KINDS = {
+    "ResumeError": "resume",
+    "CheckpointError": "checkpoint",
+    "NonFiniteError": "not_finite",
+    "DeviceError": "device",
+    "MergeError": "merge",
+}
 
 _ADVICE = {
     errno.ENOSPC: "; make room, or write to another disk",
@@ -109,7 +115,8 @@ def _known() -> dict[str, type]:
         ("pymerge.checkpoint.resume", "ResumeError"),
         ("pymerge.checkpoint.format", "CheckpointError"),
         ("pymerge.finite", "NonFiniteError"),
-        ("pymerge.checkpoint.merger", "MergeError"),
+        ("pymerge.checkpoint.failures", "DeviceError"),
+        ("pymerge.checkpoint.failures", "MergeError"),
     ):
         if module in sys.modules:
             found[name] = getattr(sys.modules[module], name)

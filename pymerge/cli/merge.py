@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from ..checkpoint.meter import STAGES, Meter
+from ..checkpoint.meter import Meter
 from ..checkpoint.sizes import format_bytes
 from .errors import REFUSED, exits_with
-from .options import as_json, memory_option, merge_options
+from .options import as_json, budget_options, chosen_device, device_as_dict, merge_options
 from .text import count, print_json
 
 __all__ = ["command"]
@@ -25,12 +25,14 @@ NOT_FOR_ADAPTERS = ("resume", "shard_size", "threads", "memory", "download", "no
 @click.option("--resume", is_flag=True, help="Continue where an interrupted merge into OUT ended, if there was one.")
 @click.option("--verify", is_flag=True, help="Record the inputs' SHA-256; reads them once more.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads that read and compute; by default one per CPU.")
-@memory_option
+@budget_options
 @click.option("--no-check-finite", is_flag=True, help="Let NaN and infinities in inputs through.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what reading, merging and writing took.")
 @as_json
-def command(recipe, out, force, resume, verify, threads, memory, no_check_finite, quiet, verbose, as_json, **options) -> None:
+def command(
+    recipe, out, force, resume, verify, threads, memory, device, device_memory, no_check_finite, quiet, verbose, as_json, **options
+) -> None:  # fmt: skip
     """Merge checkpoints as RECIPE says and write the result to OUT.
 
     RECIPE is a YAML or JSON file in mergekit's format. OUT is a folder to make (shards, index, config, tokenizer, README.md) or a file
@@ -44,13 +46,16 @@ def command(recipe, out, force, resume, verify, threads, memory, no_check_finite
     A file with several recipes is merged into folders of their names in OUT.
     """
     from ..checkpoint.adapter_recipe import is_adapter_recipe
+    from ..checkpoint.budget import default_memory
     from ..checkpoint.many import plan_merges
-    from ..checkpoint.memory import default_memory
     from ..checkpoint.merge import run_plan, usable_schedule
     from .progress import Progress, shown
 
     told = not (quiet or as_json)
+    chosen = chosen_device(device, device_memory, memory)
     if is_adapter_recipe(recipe):
+        if chosen is not None:
+            raise click.UsageError("adapters are merged with each other on the CPU only; leave --device out")
         _merge_adapters(recipe, out, options, force, quiet, told, as_json)
         return
     memory = default_memory() if memory is None else memory
@@ -66,17 +71,17 @@ def command(recipe, out, force, resume, verify, threads, memory, no_check_finite
             with plan:
                 for warning in plan.warnings if told else ():
                     click.echo(f"warning: {warning}", err=True)
-                to_read = usable_schedule(plan, memory).bytes_read
+                to_read = usable_schedule(plan, memory, chosen).bytes_read
                 with shown("merging", Progress(to_read + plan.bytes_written, meter), quiet):
                     report = run_plan(
                         plan, place, force=force, resume=resume, verify=verify, check_finite=not no_check_finite, threads=threads,
-                        memory=memory, meter=meter,
+                        memory=memory, device=chosen, meter=meter,
                     )  # fmt: skip
             for warning in report.warnings[len(plan.warnings) :] if told else ():
                 click.echo(f"warning: {warning}", err=True)
-            done.append(_as_dict(plan, report, meter))
+            done.append(_as_dict(plan, report, meter, chosen))
             if told:
-                _print(place, plan, report, meter, verbose)
+                _print(place, plan, report, meter, verbose, chosen)
     except KeyboardInterrupt as error:
         error.__notes__ = getattr(error, "__notes__", ["nothing was kept; the same command starts over"])
         raise
@@ -108,21 +113,21 @@ def _merge_adapters(recipe, out, options: dict, force: bool, quiet: bool, told: 
         )
 
 
-def _print(place: Path, plan, report, meter: Meter, verbose: bool) -> None:
+def _print(place: Path, plan, report, meter: Meter, verbose: bool, device) -> None:
     if report.resumed:
         click.echo(f"{count(report.resumed, 'tensor')} were done before")
     moved = report.bytes_read + report.bytes_written
     click.echo(
-        f"{place}: {count(report.tensors, 'tensor')}, {format_bytes(report.bytes_written)}, "
-        f"merged by {plan.method.name} in {report.seconds:.1f} s ({format_bytes(moved / max(report.seconds, 1e-9))}/s)"
+        f"{place}: {count(report.tensors, 'tensor')}, {format_bytes(report.bytes_written)}, merged by {plan.method.name}"
+        f"{f' on {device.device}' if device else ''} in {report.seconds:.1f} s ({format_bytes(moved / max(report.seconds, 1e-9))}/s)"
     )
-    for stage in STAGES if verbose else ():
+    for stage in meter.stages if verbose else ():
         slowest = "; the others waited for it" if stage == meter.slowest() else ""
         size, seconds = format_bytes(meter.bytes[stage]), meter.seconds[stage]
         click.echo(f"  {stage}  {size} in {seconds:.2f} s ({format_bytes(meter.rate(stage))}/s){slowest}")
 
 
-def _as_dict(plan, report, meter: Meter) -> dict:
+def _as_dict(plan, report, meter: Meter, device) -> dict:
     return {
         "out": str(report.out),
         "merge_method": plan.method.name,
@@ -132,6 +137,7 @@ def _as_dict(plan, report, meter: Meter) -> dict:
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
         "seconds": report.seconds,
-        "stages": {stage: {"bytes": meter.bytes[stage], "seconds": meter.seconds[stage]} for stage in STAGES},
+        "stages": {stage: {"bytes": meter.bytes[stage], "seconds": meter.seconds[stage]} for stage in meter.stages},
+        "device": device_as_dict(device),
         "warnings": list(report.warnings),
     }

@@ -9,7 +9,7 @@ import click
 from ..checkpoint.dtypes import CHOICES
 from ..checkpoint.sizes import format_bytes, parse_bytes
 
-__all__ = ["DTYPES", "Size", "as_json", "memory_option", "merge_options"]
+__all__ = ["DTYPES", "Size", "as_json", "budget_options", "chosen_device", "device_as_dict", "device_option", "merge_options"]
 
 DTYPES = CHOICES
 
@@ -33,20 +33,12 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 
 def _enough(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
     if value is not None:
-        from ..checkpoint.memory import LEAST_MEMORY
+        from ..checkpoint.budget import LEAST_MEMORY
 
         if value < LEAST_MEMORY:
             raise click.BadParameter(f"{format_bytes(value)} is too small; it must be at least {format_bytes(LEAST_MEMORY)}")
     return value
 
-
-memory_option = click.option(
-    "--memory",
-    type=Size(),
-    callback=_enough,
-    metavar="SIZE",
-    help="Budget for tensors on their way: 2GB; by default 4GB or a quarter of the memory that there is.",
-)
 
 _MERGE_OPTIONS = (
     click.option(
@@ -65,3 +57,49 @@ def merge_options(function: Callable) -> Callable:
     for option in reversed(_MERGE_OPTIONS):
         function = option(function)
     return function
+
+
+device_option = click.option(
+    "--device", metavar="NAME", help="Merge on this GPU: cuda, cuda:1; by default on the CPU. The files are the same."
+)
+
+_BUDGET_OPTIONS = (
+    click.option(
+        "--memory",
+        type=Size(),
+        callback=_enough,
+        metavar="SIZE",
+        help="Budget for tensors on their way: 2GB; by default 4GB or a quarter of the memory that there is.",
+    ),
+    device_option,
+    click.option(
+        "--device-memory",
+        type=Size(),
+        metavar="SIZE",
+        help="Budget on the device; by default as much as --memory, but no more than nine tenths of what is free.",
+    ),
+)
+
+
+def budget_options(function: Callable) -> Callable:
+    """Adds the options that decide where and with how much memory a merge works."""
+    for option in reversed(_BUDGET_OPTIONS):
+        function = option(function)
+    return function
+
+
+def chosen_device(device: str | None, device_memory: int | None, memory: int | None):
+    """The device of these options, None for the CPU; an error of usage where there is none such."""
+    if device is None and device_memory is None:
+        return None
+    from ..checkpoint.device import choose_device
+
+    try:
+        return choose_device(device, device_memory, memory)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def device_as_dict(device) -> dict | None:
+    """A device as JSON documents have it; None for the CPU."""
+    return device and {"name": str(device.device), "backend": device.backend, "memory_bytes": device.memory}

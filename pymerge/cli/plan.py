@@ -9,7 +9,7 @@ import click
 
 from ..checkpoint.sizes import format_bytes
 from .errors import REFUSED, exits_with
-from .options import Size, as_json, memory_option, merge_options
+from .options import Size, as_json, budget_options, chosen_device, device_as_dict, merge_options
 from .text import count, heading, number, print_json, printable, table
 
 __all__ = ["command"]
@@ -22,11 +22,11 @@ WORKSPACE = 350_000_000
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @merge_options
-@memory_option
+@budget_options
 @click.option("--write-rate", type=Size(), metavar="SIZE", help="Assume that so much is written in a second; by default 500MB.")
 @click.option("-v", "--verbose", "-t", "--tensors", "verbose", is_flag=True, help="List every tensor with its parameters.")
 @as_json
-def command(recipe, out, memory, write_rate, verbose, as_json, **options) -> None:
+def command(recipe, out, memory, device, device_memory, write_rate, verbose, as_json, **options) -> None:
     """Check RECIPE against the models it names, and OUT if given; show what would be read, merged and written, and what that takes.
 
     Writes nothing. Reads headers, and up to 128 MB of tensors for the estimate of the time. Of several recipes in one file all are
@@ -34,20 +34,23 @@ def command(recipe, out, memory, write_rate, verbose, as_json, **options) -> Non
     """
     from ..checkpoint.adapter_recipe import is_adapter_recipe
 
+    chosen = chosen_device(device, device_memory, memory)
     if is_adapter_recipe(recipe):
+        if chosen is not None:
+            raise click.UsageError("adapters are merged with each other on the CPU only; leave --device out")
         _plan_adapters(recipe, out, as_json, options)
         return
+    from ..checkpoint.budget import default_memory
     from ..checkpoint.estimate import WRITE_RATE, estimate
     from ..checkpoint.many import plan_all
-    from ..checkpoint.memory import default_memory
     from ..checkpoint.merge import usable_schedule
 
     with plan_all(recipe, out, **options) as merges:
         to_do = [merge for merge in merges if not merge.there]
         memory = default_memory() if memory is None else memory
         with exits_with(REFUSED):
-            schedules = [usable_schedule(merge.plan, memory) for merge in to_do]
-            guess = estimate(to_do, memory, write_rate or WRITE_RATE)
+            schedules = [usable_schedule(merge.plan, memory, chosen) for merge in to_do]
+            guess = estimate(to_do, memory, write_rate or WRITE_RATE, chosen)
         memory_bytes = WORKSPACE + max((schedule.buffers.total for schedule in schedules), default=0)
         if as_json:
             content = {
@@ -117,6 +120,7 @@ def _as_dict(merge, schedule, tensors: bool) -> dict:
         "bytes_read": schedule.bytes_read,
         "bytes_written": plan.bytes_written,
         "memory_bytes": schedule.buffers.total + WORKSPACE,
+        "device": device_as_dict(schedule.device),
         "files": [{"name": shard.file_name, "bytes": shard.size} for shard in plan.layout.shards],
         "config_from": None if plan.donor is None else str(_donor(plan)),
         "warnings": [*plan.warnings, *schedule.warnings],
@@ -163,6 +167,10 @@ def _print(plan, schedule, tensors: bool) -> None:
     files = shards[0].file_name if len(shards) == 1 else f"{len(shards)} files of at most {format_bytes(max(s.size for s in shards))}"
     dtypes = ", ".join(sorted({t.output.dtype for t in plan.tensors}))
     click.echo(f"write    {format_bytes(plan.bytes_written)} of {dtypes} in {files}")
+    if schedule.device is not None:
+        device, buffers = schedule.device, schedule.device_buffers.total
+        memory = f"at most {format_bytes(device.memory)}, of which {format_bytes(buffers)} for tensors on their way"
+        click.echo(f"device   {device.title}, by {device.backend}: {memory}")
     if plan.donor:
         click.echo(f"copy     config and tokenizer of {_donor(plan)}")
     if tensors:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from .errors import FAILED, REFUSED, exits_with
-from .options import as_json
+from .options import as_json, chosen_device, device_option
 from .text import print_json, printable
 
 __all__ = ["command"]
@@ -28,9 +28,10 @@ SHOWN = 10
 @click.option("--all", "everything", is_flag=True, help="Check all tensors, and the inputs' SHA-256 where recorded.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the choice.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads that read; by default one per CPU.")
+@device_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but differences and errors.")
 @as_json
-def command(out, folder, sample, everything, seed, threads, quiet, as_json) -> None:
+def command(out, folder, sample, everything, seed, threads, device, quiet, as_json) -> None:
     """Check that OUT, which pymerge merge wrote, holds what its recipe gives: tensors are merged again from the inputs that it names and
     compared bit for bit. Nothing is written.
 
@@ -40,9 +41,12 @@ def command(out, folder, sample, everything, seed, threads, quiet, as_json) -> N
     from ..checkpoint.verify import verify
     from .progress import Progress, shown
 
+    chosen_device(device, None, None)
     progress = Progress()
     with exits_with(REFUSED), shown("verifying", progress, quiet):
-        report = verify(out, folder=folder, sample=None if everything else sample, seed=seed, progress=progress, threads=threads)
+        report = verify(
+            out, folder=folder, sample=None if everything else sample, seed=seed, progress=progress, threads=threads, device=device
+        )  # fmt: skip
     if as_json:
         print_json("verify/1", {**dataclasses.asdict(report), "out": str(report.out), "ok": report.ok})
     else:

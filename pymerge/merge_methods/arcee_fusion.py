@@ -78,6 +78,7 @@ def _threshold(importance: Tensor) -> float:
     max_models=1,
     summary="the model's elements whose change is unusually important",
     source="mergekit; arcee.ai",
+    cpu_only="its exponentials and logarithms are torch's own, whose last digits differ between devices",
 )
 def _tensor(base: Tensor, models: list[Tensor], *, name, dtype, out, check_finite) -> Tensor:
     if check_finite:

@@ -145,7 +145,9 @@ def _chances(rows: Tensor, density: float, epsilon: float) -> Tensor:
     order = rows.abs().argsort(dim=1, descending=True, stable=True)
     falling = torch.arange(columns - 1, -1, -1, device=rows.device)
     rank = torch.empty_like(order).scatter_(1, order, falling.expand_as(order))
-    share = rank.double() / (columns - 1) if columns > 1 else rank.double() + 0.5  # one element is neither small nor large
+    rank = rank.double()
+    # A number from the host would make a GPU multiply by its rounded reciprocal.
+    share = rank / torch.full_like(rank[:, :1], columns - 1) if columns > 1 else rank + 0.5  # one element is neither small nor large
     return (density - epsilon) + share * (2 * epsilon)
 
 

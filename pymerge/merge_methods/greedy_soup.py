@@ -149,7 +149,8 @@ class _RunningMean:
 
         def merge_one(name: str, total: Tensor | None, models: list[Tensor], dtype: torch.dtype, out: Tensor | None) -> Tensor:
             total = models[0] if total is None else _plus(total, models[0])
-            return round_to(total / count, self._dtype or dtypes[name])
+            # A number from the host would make a GPU multiply by its rounded reciprocal.
+            return round_to(total / torch.full((), count, dtype=total.dtype, device=total.device), self._dtype or dtypes[name])
 
         return (pairs or Paired(None, [self._sum])).result(merge_one)
 

@@ -73,6 +73,7 @@ class Method:
             memory as a whole. Without it tensors are merged whole, whatever memory that takes.
         whole_model: ``whole_model(**parameters)`` is None where tensors are merged one by one. Otherwise all tensors must have the same
             value, and are given to one :class:`Sliced`.
+        cpu_only: why the method does not give the same bytes on every device, if it does not: merges of files on a device refuse it.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Method:
     source: str = ""
     sliced: MakeSliced | None = None
     whole_model: Callable[..., Hashable | None] | None = None
+    cpu_only: str = ""
 
 
 _METHODS: dict[str, Method] = {}

@@ -93,8 +93,9 @@ def _tensor(base: Tensor, models: list[Tensor], *, select_topk, int8_mask, name,
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
-    mean = sum(deltas) / len(deltas)
-    return sum((d - mean) * (d - mean) for d in deltas) / len(deltas)
+    count = torch.full_like(deltas[0][:1], len(deltas))  # a number from the host would make a GPU multiply by its rounded reciprocal
+    mean = sum(deltas) / count
+    return sum((d - mean) * (d - mean) for d in deltas) / count
 
 
 def _spec(flat: Flat, selected: Callable[[slice], list[Tensor]], count: int) -> MergeSpec:

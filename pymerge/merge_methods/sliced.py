@@ -35,12 +35,14 @@ class SlicedTensor:
         name, shape: its own.
         f64: it computes in fp64.
         parameters: keywords of the method.
+        device: where its slices will be; the same for all tensors that pass by together.
     """
 
     name: str
     shape: tuple[int, ...]
     f64: bool
     parameters: Mapping[str, Any]
+    device: torch.device = torch.device("cpu")
 
     @property
     def size(self) -> int:
@@ -117,7 +119,8 @@ class FusedSlices(Sliced):
             counts = spec.counts(total)
             # Collected keys come in blocks, half of which may be unused.
             limit = memory // (2 * len(counts) * len(spec.weights) * (8 if self._f64 else 4))
-            self._selections = [slice_ops.StreamedSelection(total, c, spec.convention.tie_break, self._f64, limit) for c in counts]
+            device, ties = tensors[0].device, spec.convention.tie_break
+            self._selections = [slice_ops.StreamedSelection(total, c, ties, self._f64, limit, device) for c in counts]
         searches = any(s.searched for s in self._selections)
         self._rescales = spec.sparsify != "none" and spec.convention.rescale == "norm"
         majority = spec.elect and spec.convention.zero_vote == "majority"

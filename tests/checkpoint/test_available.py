@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pymerge.checkpoint import available, memory
+from pymerge.checkpoint import available, budget
 from pymerge.checkpoint.available import memory_left
 
 GB = 10**9
@@ -80,15 +80,15 @@ def test_not_linux(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("left", "expected"), [(None, None), (2 * GB, GB // 2), (40 * 10**6, memory.LEAST_MEMORY), (10**15, None), (0, memory.LEAST_MEMORY)]
+    ("left", "expected"), [(None, None), (2 * GB, GB // 2), (40 * 10**6, budget.LEAST_MEMORY), (10**15, None), (0, budget.LEAST_MEMORY)]
 )
 def test_the_default_budget(monkeypatch, left, expected):
     """A quarter of what is left, or of the machine's memory, 4 GB at most."""
-    monkeypatch.setattr(memory, "memory_left", lambda: left)
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 2**22 if name == "SC_PHYS_PAGES" else 4096)
-    assert memory.default_memory() == (4 * GB if expected is None else expected)
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 2**18 if name == "SC_PHYS_PAGES" else 4096)
-    assert memory.default_memory() <= 2**28
+    monkeypatch.setattr(budget, "memory_left", lambda: left)
+    monkeypatch.setattr(budget.os, "sysconf", lambda name: 2**22 if name == "SC_PHYS_PAGES" else 4096)
+    assert budget.default_memory() == (4 * GB if expected is None else expected)
+    monkeypatch.setattr(budget.os, "sysconf", lambda name: 2**18 if name == "SC_PHYS_PAGES" else 4096)
+    assert budget.default_memory() <= 2**28
 
 
 def test_this_machine():

@@ -121,11 +121,6 @@ def test_ranks_over_the_whole_model_need_the_same_densities_everywhere(models):
     merge(recipe_of("ties", parameters=varying), "out")
 
 
-def test_ranks_over_the_whole_model_are_not_for_every_backend(models):
-    with pymerge.backend("triton"), pytest.raises(MergeError, match="need the native or the reference backend"):
-        merge(ties_of_all(convention="paper"), "out")
-
-
 def test_what_is_read_how_often(models, short_slices):
     """Elementwise methods read once whatever the budget, TIES twice what does not fit; copied and small tensors are read once."""
     large = sum(4 * models["base"][name].nbytes for name in ("model.a.weight", "model.b.weight"))

@@ -16,9 +16,9 @@ SIZES = {"tensors", "parameters", "bytes"}
 DRIFT = {"name", "tensors", "elements", "bytes", "relative_drift", "max_abs", "cosine", "changed", "changed_fraction"}
 PLAN = {
     "name", "out", "merge_method", "recipe", "models", "tensors", "copied_tensors", "bytes_read", "bytes_written", "memory_bytes", "files",
-    "config_from", "warnings",
+    "config_from", "warnings", "device",
 }  # fmt: skip
-MERGE = {"out", "merge_method", "files", "tensors", "bytes_read", "bytes_written", "seconds", "stages", "warnings"}
+MERGE = {"out", "merge_method", "files", "tensors", "bytes_read", "bytes_written", "seconds", "stages", "warnings", "device"}
 KEYS = {
     "merge/1": {"merges", "there_already"},
     "plan/2": {"merges", "there_already", "memory_bytes", "estimate"},

@@ -25,6 +25,8 @@ def test_rehearsal(interpret, tmp_path):
     assert result["checks"] and not any(row["differ"] for row in result["checks"])
     assert {row["method"] for row in result["speeds"]} >= {"soup", "ties", "dare_linear", "ema"}
     assert result["many_tensors"]["ratio"] > 0 and result["kl_forward"]["ms"] > 0
+    assert result["files"]["checks"] and not any(row["differ"] for row in result["files"]["checks"])
+    assert {row["case"] for row in result["files"]["times"]} == {"linear", "ties"}
     if interpret == "1":
         launched = result["many_tensors"]["launches"]
         assert launched["one"] > 0 and launched["thousand"] <= 2 * launched["one"]
