@@ -97,7 +97,7 @@ def _edited(line: bytes, rng: Random, whole: bool) -> bytes:
     """A record as a person would change it: more tensors that are done, other inputs, another version."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line
     done = record.get("done")
     if isinstance(done, dict) and done and not whole:
