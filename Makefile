@@ -9,19 +9,19 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS)
 RUN_DEPS := torch numpy PyYAML click rich safetensors
 BUILD_DEPS := setuptools pybind11
 DEMO_DEPS := scikit-learn matplotlib
-BENCH_DEPS := pytest pytest-timeout pytest-benchmark
+BENCH_DEPS := matplotlib mergekit peft
 TRITON := triton==3.9.0
 CORE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 # Two workers with one thread each: the tests are many and small, and torch's own threads would only fight over the cores.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo experiments test test-all lint bench aot gpu sanitize arm64 clean distclean
+.PHONY: help demo experiments test test-all lint bench bench-plots bench-check readme-table aot gpu sanitize arm64 clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 demo: $(VENV)/.demo $(VENV)/.core  ## train four small networks, merge them five ways, print and draw the result
 	$(PY) examples/digits_demo.py demo-output
@@ -40,11 +40,18 @@ lint: $(VENV)/.lint  ## ruff
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# Part of the benchmarks (make bench ARGS="-k ties") does not replace the day's full result.
-BENCH_RESULT = $(if $(ARGS),.benchmarks/part,benchmarks/results/$$($(PY) -m pymerge.speed.machine))
-bench: $(VENV)/.bench $(VENV)/.core  ## speeds against naive torch and a copy of the same bytes; writes benchmarks/results/
-	@mkdir -p .benchmarks benchmarks/results
-	$(PY) -m pytest benchmarks/test_merge_speed.py --benchmark-quiet --benchmark-json=$(BENCH_RESULT).json $(ARGS)
+# docs/benchmarks.md says how to read what comes out. Less than everything does not replace the day's full result.
+bench: $(VENV)/.bench $(VENV)/.core  ## speeds beside the machine's memory and other programs (half an hour; ARGS=--quick: 3 minutes)
+	$(PY) -m benchmarks.suite $(ARGS)
+
+bench-plots: $(VENV)/.bench  ## pictures in docs/benchmarks/ from the newest full result, or ARGS=FILE
+	$(PY) -m benchmarks.suite.plots $(ARGS)
+
+readme-table: $(VENV)/.run  ## the tables in README.md and docs/benchmarks.md from the newest full result, or ARGS=FILE
+	$(PY) -m benchmarks.suite.pages $(ARGS)
+
+bench-check: $(VENV)/.core  ## has a kernel become slower than what is committed (ratios; instruction counts with valgrind); ARGS=--update commits anew
+	@status=0; $(PY) -m benchmarks.check.ratios $(ARGS) || status=1; $(PY) -m benchmarks.check.instructions $(ARGS) || status=1; exit $$status
 
 aot: $(VENV)/.dev $(VENV)/.core  ## compile the Triton kernels for GPUs that are not there and check the machine code (minutes)
 	$(PY) benchmarks/aot.py $(ARGS)

@@ -75,3 +75,16 @@ def slerp(a: Tensor, b: Tensor, t: float, compute: torch.dtype = torch.float32) 
         return ((1 - t) * x + t * y).to(a.dtype)
     angle = math.acos(cosine)
     return ((math.sin((1 - t) * angle) * x + math.sin(t * angle) * y) / math.sin(angle)).to(a.dtype)
+
+
+def diagnosis(base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
+    """The measures of pymerge.diagnose_ops, one torch operation at a time, with |delta| > 0.001 kept."""
+    deltas = [m.float() - base.float() for m in models]
+    found = [d.double().square().sum() for d in deltas] + [d.abs().sum(dtype=torch.float64) for d in deltas]
+    found += [(a.double() * b.double()).sum() for i, a in enumerate(deltas) for b in deltas[i + 1 :]]
+    found += [torch.stack(deltas).sum(0).abs().sum(dtype=torch.float64), base.double().square().sum()]
+    kept = [d.abs() > 1e-3 for d in deltas]
+    positive, negative = (torch.stack([k & (f * d > 0) for k, d in zip(kept, deltas)]) for f in (1, -1))
+    found += [(positive.any(0) & negative.any(0)).sum(), (torch.stack(kept).sum(0) >= 2).sum()]
+    found += [(kept[i] & kept[j]).sum() for i in range(len(kept)) for j in range(i + 1, len(kept))]
+    return found

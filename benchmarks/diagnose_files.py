@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import baselines
 import torch
 
 from pymerge.checkpoint.plan import Plan, make_plan
@@ -41,19 +42,6 @@ def read_all(plan: Plan) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         shares = [[(*task[:4], buffers[i]) for task in tasks[i::THREADS]] for i in range(THREADS)]
         list(pool.map(lambda share: [read(task) for task in share], shares))
-
-
-def separately(base: torch.Tensor, models: list[torch.Tensor]) -> list:
-    """What a user would write: the same measures, one torch operation at a time."""
-    deltas = [m.float() - base.float() for m in models]
-    found = [d.double().square().sum() for d in deltas] + [d.abs().sum(dtype=torch.float64) for d in deltas]
-    found += [(a.double() * b.double()).sum() for i, a in enumerate(deltas) for b in deltas[i + 1 :]]
-    found += [torch.stack(deltas).sum(0).abs().sum(dtype=torch.float64), base.double().square().sum()]
-    kept = [d.abs() > 1e-3 for d in deltas]
-    positive, negative = (torch.stack([k & (f * d > 0) for k, d in zip(kept, deltas)]) for f in (1, -1))
-    found += [(positive.any(0) & negative.any(0)).sum(), (torch.stack(kept).sum(0) >= 2).sum()]
-    found += [(kept[i] & kept[j]).sum() for i in range(len(kept)) for j in range(i + 1, len(kept))]
-    return found
 
 
 def seconds(function) -> float:
@@ -86,7 +74,7 @@ def main() -> None:
     models = [(base + 1e-3 * torch.randn(1 << 24)).bfloat16() for _ in range(3)]
     rows = torch.tensor([[torch.tensor(1e-3).view(torch.int32).item(), -1]] * 3)
     fused = min(seconds(lambda: diagnose(base, models, rows, *new_statistics(3))) for _ in range(5))
-    separate = min(seconds(lambda: separately(base, models)) for _ in range(2))
+    separate = min(seconds(lambda: baselines.diagnosis(base, models)) for _ in range(2))
     print(f"3 models of 16.8 M bf16: fused {fused * 1e3:.0f} ms, torch operations {separate * 1e3:.0f} ms, {separate / fused:.1f}x")
 
 

@@ -15,7 +15,7 @@ from .text import number, print_json, table
 
 __all__ = ["command"]
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 class _Count(click.ParamType):
@@ -36,17 +36,20 @@ class _Count(click.ParamType):
     "--size", "sizes", type=_Count(), multiple=True, default=("16M",), show_default=True, metavar="N", help="Elements; repeatable."
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of all tensors.")
+@click.option(
+    "--models", type=click.IntRange(1, 64), default=3, show_default=True, metavar="N", help="To merge, where a method takes so many."
+)
 @click.option("--seconds", type=click.FloatRange(0.01, 3600), default=1.0, show_default=True, help="To spend on each method and size.")
 @click.option("--disk", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Measure the disk of this folder too.")
 @click.option("--disk-size", type=Size(), default="1GB", show_default=True, metavar="SIZE", help="Of the file written there.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="That compute; by default one per CPU.")
 @as_json
-def command(methods, sizes, dtype, seconds, disk, disk_size, threads, as_json) -> None:
-    """Measure how fast this machine copies, and how fast each METHOD (by default all) merges three random models, or as many as it takes.
+def command(methods, sizes, dtype, models, seconds, disk, disk_size, threads, as_json) -> None:
+    """Measure how fast this machine copies, and how fast each METHOD (by default all) merges random models.
 
     A merge has to read its inputs and write its output once, so the best it can do is a copy of as many bytes: `to copy` is the merge's
-    time over that of the fastest parallel copy, timed in turn with it. A result that is not the reference's, bit for bit, ends the
-    benchmark with status 1 and no speed.
+    time over that of the fastest parallel copy, timed in turn with it, and its quartiles; `extra` is the memory that it takes beside its
+    inputs and its output. A result that is not the reference's, bit for bit, ends the benchmark with status 1 and no speed.
     """
     import torch
 
@@ -65,7 +68,7 @@ def command(methods, sizes, dtype, seconds, disk, disk_size, threads, as_json) -
     if threads is not None:
         torch.set_num_threads(threads)
     element = getattr(torch, dtype).itemsize
-    _check_memory(max(sizes), element)
+    _check_memory(max(sizes), element, models, ceiling.LARGEST)
 
     about = machine.describe()
     copy, read = ceiling.memory_rates()
@@ -78,7 +81,7 @@ def command(methods, sizes, dtype, seconds, disk, disk_size, threads, as_json) -
         _print_machine(about, copy, read, disk, rates)
     timings, skipped = [], []
     for size in sizes:
-        weights = Weights.random(size, getattr(torch, dtype))
+        weights = Weights.random(size, getattr(torch, dtype), models)
         for name in methods or registry.methods():
             _show(f"{name}, {_elements(size)} elements")
             try:
@@ -109,9 +112,10 @@ def _show(now: str) -> None:
         click.echo(f"\r\x1b[K{now}", err=True, nl=False)
 
 
-def _check_memory(elements: int, element: int) -> None:
-    """Base, three models and output, and as many bytes again for the copy; the tensors are made in fp32."""
-    need = elements * (10 * element + 8)
+def _check_memory(elements: int, element: int, models: int, copied: int) -> None:
+    """Base, models and output, the copy of at most `copied` bytes, and the chunk in fp32 that the tensors are made from."""
+    tensors = elements * element * (models + 2)
+    need = tensors + min(tensors, copied) + 2**28
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else need
     if need > there:
         raise click.UsageError(
@@ -133,11 +137,12 @@ def _print_machine(about: dict, copy: float, read: float, disk: Path | None, rat
 def _print_timings(timings, skipped: list[str]) -> None:
     click.echo("")
     table(
-        ["method", "models", "elements", "dtype", "ms", "speed", "copy ms", "to copy"],
+        ["method", "models", "elements", "dtype", "ms", "speed", "copy ms", "to copy", "quartiles", "extra"],
         [
             [
                 t.method, f"{t.models}{' + base' if t.base else ''}", _elements(t.elements), t.dtype, number(1e3 * t.seconds),
-                f"{format_bytes(t.bytes / t.seconds)}/s", number(1e3 * t.copy_seconds), f"{t.seconds / t.copy_seconds:.2f}",
+                f"{format_bytes(t.bytes / t.seconds)}/s", number(1e3 * t.copy_seconds), f"{t.to_copy[0]:.2f}",
+                f"{t.to_copy[1]:.2f}-{t.to_copy[2]:.2f}", "?" if t.extra_bytes is None else format_bytes(t.extra_bytes),
             ]
             for t in timings
         ],
@@ -157,7 +162,8 @@ def _elements(n: int) -> str:
 def _as_dict(t) -> dict:
     return {
         "method": t.method, "models": t.models, "base": t.base, "elements": t.elements, "dtype": t.dtype, "bytes": t.bytes,
-        "seconds": t.seconds, "copy_seconds": t.copy_seconds, "to_copy": t.seconds / t.copy_seconds, "rounds": t.rounds,
+        "seconds": t.seconds, "copy_seconds": t.copy_seconds, "to_copy": t.to_copy[0], "to_copy_quartiles": t.to_copy[1:],
+        "rounds": t.rounds, "extra_bytes": t.extra_bytes,
     }  # fmt: skip
 
 

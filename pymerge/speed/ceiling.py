@@ -18,6 +18,10 @@ def elapsed_ms(run: Callable[[], object]) -> float:
     return (time.perf_counter_ns() - started) / 1e6
 
 
+LARGEST = 2**31
+"""Bytes that are moved at most: beyond this, time grows with size, so it is scaled up, and the memory is left to what is measured."""
+
+
 class Ceiling:
     """Three ways to move `total_bytes` (reads and writes together) with all threads; the fastest is the ceiling.
 
@@ -28,7 +32,8 @@ class Ceiling:
 
     def __init__(self, total_bytes: int) -> None:
         self.total_bytes = total_bytes
-        self._bytes = torch.ones(max(48, total_bytes // 48 * 48), dtype=torch.uint8)
+        self.scale = max(1.0, total_bytes / LARGEST)
+        self._bytes = torch.ones(max(48, min(total_bytes, LARGEST) // 48 * 48), dtype=torch.uint8)
         self._pool = ThreadPoolExecutor(torch.get_num_threads())
         self._ways = {"copy_": self._copy, "memmove": self._memmove, "xor": self._xor}
         self._times: dict[str, list[float]] = {name: [] for name in self._ways}
@@ -61,7 +66,11 @@ class Ceiling:
         """The fastest way and its median time."""
         medians = {name: torch.tensor(times).median().item() for name, times in self._times.items()}
         best = min(medians, key=medians.__getitem__)
-        return best, medians[best]
+        return best, self.scale * medians[best]
+
+    def ways(self) -> dict[str, Callable[[], None]]:
+        """What moves the bytes, by name; when :data:`LARGEST` is less, its time counts `scale` times."""
+        return dict(self._ways)
 
     def close(self) -> None:
         self._pool.shutdown()

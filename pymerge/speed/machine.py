@@ -17,7 +17,7 @@ import torch
 
 from .._version import __version__
 
-__all__ = ["cpu_name", "describe", "result_name"]
+__all__ = ["cpu_name", "describe", "result_name", "vendor"]
 
 # The instruction sets that change how fast a merge can be.
 FLAGS = ("avx2", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
@@ -31,6 +31,11 @@ def _cpuinfo(field: str) -> str:
 
 def cpu_name() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def vendor() -> str:
+    """Who made the CPU, as it says: AuthenticAMD, GenuineIntel; an arm64 core's implementer, "0x41"."""
+    return _cpuinfo("vendor_id") or _cpuinfo("CPU implementer") or "unknown"
 
 
 def _last_level_cache() -> str:
@@ -77,7 +82,7 @@ def describe() -> dict:
         "isas": isas,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu": cpu_name(),
-        "family_model": f"{_cpuinfo('cpu family')}/{_cpuinfo('model')}",
+        "family_model": f"{_cpuinfo('cpu family') or _cpuinfo('CPU variant')}/{_cpuinfo('model') or _cpuinfo('CPU part')}",
         "cores": cores,
         "flags": [flag for flag in FLAGS if flag in flags],
         "last_level_cache": _last_level_cache(),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,9 @@ import torch
 from .. import merge_methods  # noqa: F401 - registers the built-in methods
 from ..merge_methods.registry import REQUIRED, Method, get_method
 from ..ops import backend
-from .ceiling import Ceiling, elapsed_ms
+from .ceiling import Ceiling
+from .memory import extra_bytes
+from .rounds import Contender, Times, interleave, ratio
 from .weights import Weights
 
 __all__ = ["Timing", "WrongResult", "time_method"]
@@ -42,7 +43,9 @@ class Timing:
         bytes: every input once and the output once.
         seconds: median of a merge.
         copy_seconds: median of the fastest parallel copy that moves as many bytes, timed in turn with the merge.
+        to_copy: median and quartiles of their ratio, round by round.
         rounds: how many of each.
+        extra_bytes: memory at the peak, beside inputs and output; None where the system does not tell.
     """
 
     method: str
@@ -53,7 +56,9 @@ class Timing:
     bytes: int
     seconds: float
     copy_seconds: float
+    to_copy: tuple[float, float, float]
     rounds: int
+    extra_bytes: int | None
 
 
 def time_method(name: str, weights: Weights, budget: float = 1.0) -> Timing:
@@ -86,20 +91,25 @@ def time_method(name: str, weights: Weights, budget: float = 1.0) -> Timing:
     _compare(name, ours, expected)
 
     nbytes = sum(x.nbytes for x in models) + (0 if base is None else base.nbytes) + weights.out.nbytes
-    ceiling, times, began = Ceiling(nbytes), [], time.monotonic()
+    ceiling = Ceiling(nbytes)
     try:
-        run(base, models, weights.out)
-        while len(times) < 3 or time.monotonic() - began < budget:
-            ceiling.round()
-            run(base, models, weights.out)  # as warm as the copy when its turn to be timed comes
-            times.append(elapsed_ms(lambda: run(base, models, weights.out)))
-        copy_ms = ceiling.milliseconds()[1]
+        extra = extra_bytes(lambda: run(base, models, weights.out))
+        times = interleave(
+            {**{way: Contender(copy, math.inf) for way, copy in ceiling.ways().items()},
+             name: Contender(lambda: run(base, models, weights.out), math.inf)},
+            rounds=1000,
+            enough=lambda so_far: len(so_far[name].ms) >= 3 and sum(sum(t.ms) for t in so_far.values()) > 500 * budget,
+        )  # fmt: skip
+        merge = times.pop(name)
+        copies = [Times([ceiling.scale * ms for ms in t.ms]) for t in times.values()]
+        copy = min(copies, key=lambda t: t.median)
     finally:
         ceiling.close()
     dtype = str(weights.out.dtype).removeprefix("torch.")
     return Timing(
-        name, len(models), base is not None, weights.out.numel(), dtype, nbytes, statistics.median(times) / 1e3, copy_ms / 1e3, len(times)
-    )
+        name, len(models), base is not None, weights.out.numel(), dtype, nbytes, merge.median / 1e3, copy.median / 1e3, ratio(merge, copy),
+        len(merge.ms), extra,
+    )  # fmt: skip
 
 
 def _parameters(method: Method, count: int) -> dict[str, Any]:

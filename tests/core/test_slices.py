@@ -62,8 +62,19 @@ def check(spec, base, models, dtype, lengths=(UNIT, 3 * UNIT), name="layer.weigh
     return sliced
 
 
-def any_spec(data, count):
-    """A spec with every choice drawn."""
+def any_case(data, most, longest):
+    """A spec with every choice drawn, a base or none, models of it, and the result's dtype."""
+    torch.manual_seed(data.draw(st.integers(0, 2**32)))
+    count = data.draw(st.integers(1, most))
+    n = data.draw(st.integers(0, longest))
+    dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=count + 2, max_size=count + 2))
+    kinds = data.draw(st.lists(st.sampled_from(sorted(HOSTILE)), min_size=count + 1, max_size=count + 1))
+    base, *models = (HOSTILE[k](n).clamp(-6e4, 6e4).to(d) for k, d in zip(kinds, dtypes, strict=False))
+    spec = _any_spec(data, count)
+    return spec, base if data.draw(st.booleans()) else None, models, dtypes[-1]
+
+
+def _any_spec(data, count):
     choices = {k: data.draw(st.sampled_from(v)) for k, v in _CHOICES.items()}
     number = st.floats(-4, 4, allow_nan=False).map(lambda x: round(x, 3))
     sparsify = data.draw(st.sampled_from(["none", "magnitude", "band", "bernoulli"]))
@@ -83,21 +94,14 @@ def any_spec(data, count):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_every_choice_together(data):
-    torch.manual_seed(data.draw(st.integers(0, 2**32)))
-    count = data.draw(st.integers(1, 4))
-    n = data.draw(st.integers(0, 20_000))
-    dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=count + 2, max_size=count + 2))
-    kinds = data.draw(st.lists(st.sampled_from(sorted(HOSTILE)), min_size=count + 1, max_size=count + 1))
-    tensors = [HOSTILE[k](n).clamp(-6e4, 6e4).to(d) for k, d in zip(kinds, dtypes, strict=False)]
-    base = tensors[0] if data.draw(st.booleans()) else None
-    spec = any_spec(data, count)
-    lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    case = any_case(data, 4, 20_000)
+    lengths = [UNIT * k for k in data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))]
     for isa in native.available_isas():
         native.use_isa(isa)
-        check(spec, base, tensors[1:], dtypes[-1], [UNIT * k for k in lengths])
+        check(*case, lengths)
     native.use_isa("")
     with backend("reference"):
-        check(spec, base, tensors[1:], dtypes[-1], [UNIT * k for k in lengths])
+        check(*case, lengths)
 
 
 def test_lengths_around_the_units_of_work(isa):

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 import pymerge
 
-from ..core.conftest import HOSTILE, spec_of
-from ..core.test_slices import UNIT, any_spec, check
-from .conftest import DEVICE, DTYPES
+from ..core.conftest import spec_of
+from ..core.test_slices import UNIT, any_case, check
+from .conftest import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -23,14 +23,7 @@ def by_triton():
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_every_choice_together(data):
-    torch.manual_seed(data.draw(st.integers(0, 2**32)))
-    count = data.draw(st.integers(1, 3))
-    n = data.draw(st.integers(0, 9000))
-    dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=count + 2, max_size=count + 2))
-    kinds = data.draw(st.lists(st.sampled_from(sorted(HOSTILE)), min_size=count + 1, max_size=count + 1))
-    tensors = [HOSTILE[k](n).clamp(-6e4, 6e4).to(d) for k, d in zip(kinds, dtypes, strict=False)]
-    base = tensors[0] if data.draw(st.booleans()) else None
-    check(any_spec(data, count), base, tensors[1:], dtypes[-1], [UNIT], device=DEVICE)
+    check(*any_case(data, 3, 9000), [UNIT], device=DEVICE)
 
 
 @pytest.mark.parametrize("sparsify", ["magnitude", "bernoulli"])
