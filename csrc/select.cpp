@@ -96,6 +96,14 @@ Workspace<Key>& SharedWorkspace() {
   return *workspace;
 }
 
+// Of a thread that selects alone, as each does with small tensors.
+template <class Key>
+Workspace<Key>& OwnWorkspace() {
+  static thread_local std::unique_ptr<Workspace<Key>> workspace;
+  if (!workspace) workspace = std::make_unique<Workspace<Key>>();
+  return *workspace;
+}
+
 // One model's keys of one chunk. No keys although some were collected: they were too many, or are in the histogram.
 template <class Key>
 struct Counted {
@@ -478,8 +486,12 @@ std::vector<Selection> SelectInMemory(std::vector<Deltas> parts, const std::vect
     }
   });
   // Another thread may be using the shared one, or have been when this process was forked.
-  std::unique_lock<std::mutex> lock(SharedWorkspace<Key>().mutex, std::try_to_lock);
-  if (lock.owns_lock()) selector.Borrow(&SharedWorkspace<Key>());
+  std::unique_lock<std::mutex> lock(SharedWorkspace<Key>().mutex, std::defer_lock);
+  if (threads == 1) {
+    selector.Borrow(&OwnWorkspace<Key>());
+  } else if (lock.try_lock()) {
+    selector.Borrow(&SharedWorkspace<Key>());
+  }
   do {
     selector.Add(parts, threads);
   } while (!selector.EndPass(threads));

@@ -8,7 +8,7 @@ does not import torch). The Python functions of the same names below wrap them w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -123,22 +123,27 @@ def require_backend(device: torch.device) -> None:
 
 
 def _flat(t: Tensor) -> Tensor:
-    """`t` as a backend takes it: detached, contiguous, one-dimensional, fp8 widened."""
-    if t.dtype in WIDENED:
+    """`t` as any backend takes it: detached, contiguous, one-dimensional, fp8 widened."""
+    return _dense(t).detach().view(-1)
+
+
+def _dense(t: Tensor) -> Tensor:
+    """`t` as the C++ core takes it, which asks for an address and a size: contiguous, fp8 widened."""
+    if t.dtype not in COMPUTED:
+        if t.dtype not in WIDENED:
+            names = ", ".join(str(d).removeprefix("torch.") for d in COMPUTED)
+            raise TypeError(f"cannot merge tensors of dtype {t.dtype}; supported: {names} and the float8 types")
         t = t.to(torch.float32)
-    elif t.dtype not in COMPUTED:
-        names = ", ".join(str(d).removeprefix("torch.") for d in COMPUTED)
-        raise TypeError(f"cannot merge tensors of dtype {t.dtype}; supported: {names} and the float8 types")
-    return t.detach().contiguous().view(-1)
+    return t if t.is_contiguous() else t.detach().contiguous()
 
 
 def _check_alike(tensors: Sequence[Tensor]) -> None:
-    first = tensors[0]
+    shape, device = tensors[0].shape, tensors[0].device
     for t in tensors[1:]:
-        if t.shape != first.shape:
-            raise ValueError(f"shapes differ: {tuple(first.shape)} and {tuple(t.shape)}")
-        if t.device != first.device:
-            raise ValueError(f"devices differ: {first.device} and {t.device}")
+        if t.shape != shape:
+            raise ValueError(f"shapes differ: {tuple(shape)} and {tuple(t.shape)}")
+        if t.device != device:
+            raise ValueError(f"devices differ: {device} and {t.device}")
 
 
 def _raise_if_not_finite(base: Tensor | None, models: Sequence[Tensor], name: str) -> None:
@@ -213,10 +218,16 @@ def _merge_into(base, models, spec, name, selection, balance, dtype, check_finit
     return out if direct else _finished(target, shape, dtype, out)
 
 
-def _target(like: Tensor, dtype: torch.dtype, out: Tensor | None, given: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    """A flat tensor for a backend to write into, and whether it is `out` itself."""
+def _target(
+    like: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None,
+    given: Sequence[Tensor],
+    prepared: Callable[[Tensor], Tensor] = _flat,
+) -> tuple[Tensor, bool]:
+    """A tensor for a backend to write into, as `prepared` makes it or flat, and whether it is `out` itself."""
     if out is not None and out.is_contiguous() and dtype in COMPUTED:
-        return out.detach().view(-1), True
+        return prepared(out), True
     # fp8 is rounded afterwards, from the dtype of the arithmetic: once, also when that is fp64.
     wide = dtype if dtype in COMPUTED else reference.compute_dtype(given)
     return torch.empty(like.numel(), dtype=wide, device=like.device), False

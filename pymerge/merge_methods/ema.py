@@ -101,7 +101,7 @@ class EMA:
     def _shadow_of(model: nn.Module) -> dict[str, Tensor]:
         averaged = _parameter_names(model)
         source = Source(model, "model")
-        facts, first = source.survey()
+        facts, tied = source.survey()
         shadow: dict[str, Tensor] = {}
         for name in source.names:
             if facts[name].trouble:
@@ -109,7 +109,7 @@ class EMA:
             t = source[name]
             wide = torch.float64 if t.dtype == torch.float64 else torch.float32
             kept = t.to(wide, copy=True) if name in averaged and t.dtype.is_floating_point else t.clone()
-            shadow[name] = shadow[first[name]] if first[name] != name else kept
+            shadow[name] = shadow[tied[name]] if name in tied else kept
         return shadow
 
     def decay_at(self, step: int) -> float:
