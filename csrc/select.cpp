@@ -23,6 +23,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "select_cached.h"
 #include "thread_pool.h"
 
 namespace pymerge {
@@ -93,14 +94,6 @@ struct Workspace {
 template <class Key>
 Workspace<Key>& SharedWorkspace() {
   static auto* workspace = new Workspace<Key>;  // never destroyed, like the pool
-  return *workspace;
-}
-
-// Of a thread that selects alone, as each does with small tensors.
-template <class Key>
-Workspace<Key>& OwnWorkspace() {
-  static thread_local std::unique_ptr<Workspace<Key>> workspace;
-  if (!workspace) workspace = std::make_unique<Workspace<Key>>();
   return *workspace;
 }
 
@@ -486,12 +479,8 @@ std::vector<Selection> SelectInMemory(std::vector<Deltas> parts, const std::vect
     }
   });
   // Another thread may be using the shared one, or have been when this process was forked.
-  std::unique_lock<std::mutex> lock(SharedWorkspace<Key>().mutex, std::defer_lock);
-  if (threads == 1) {
-    selector.Borrow(&OwnWorkspace<Key>());
-  } else if (lock.try_lock()) {
-    selector.Borrow(&SharedWorkspace<Key>());
-  }
+  std::unique_lock<std::mutex> lock(SharedWorkspace<Key>().mutex, std::try_to_lock);
+  if (lock.owns_lock()) selector.Borrow(&SharedWorkspace<Key>());
   do {
     selector.Add(parts, threads);
   } while (!selector.EndPass(threads));
@@ -511,6 +500,10 @@ int UsefulThreads(int64_t bytes, int threads) {
 }
 
 std::vector<Selection> Select(const std::vector<Deltas>& tensors, const std::vector<int64_t>& counts, bool tie_all, int threads) {
+  if (tensors.size() == 1 && tensors[0].n <= kMostCached) {
+    const int64_t bytes = tensors[0].n * static_cast<int64_t>(sizeof(int32_t) * (counts.size() + 1));
+    return SelectCached(tensors[0], counts, tie_all, UsefulThreads(bytes, threads));
+  }
   if (!tensors.empty() && tensors[0].f64) return SelectInMemory<int64_t>(tensors, counts, tie_all, threads);
   return SelectInMemory<int32_t>(tensors, counts, tie_all, threads);
 }
