@@ -1,4 +1,4 @@
-"""Many small tensors against one tensor of the same total size: the ratio of the times, taken in turn; `python benchmarks/small_tensors.py`.
+"""Many small tensors against one tensor of the same total size, timed in turn; `python benchmarks/small_tensors.py`.
 
 A ratio of 1 means that a tensor costs nothing beyond its elements.
 """

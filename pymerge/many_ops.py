@@ -70,8 +70,11 @@ def merge_many(jobs: Sequence[Job], spec: MergeSpec, *, check_finite: bool = Tru
     if len(jobs) == 1:
         (job,) = jobs
         return [ops.merge(job.base, job.models, spec, name=job.name, dtype=job.dtype, out=job.out, check_finite=check_finite)]
-    outs = [job.target() for job in jobs]
-    arranged = _arranged([Job(job.name, job.base, job.models, job.dtype, out) for job, out in zip(jobs, outs)], spec)
+    placed = [job if job.out is not None else Job(job.name, job.base, job.models, job.dtype, job.target()) for job in jobs]
+    outs, arranged = [job.out for job in placed], _arranged(placed, spec)
+    if _unwatched():
+        _merge_all(arranged, spec, check_finite)
+        return outs
     bases = [job.base for job in arranged if job.base is not None]
     models = [x for job in arranged for x in job.models]
     torch.ops.pymerge.merge_many_out(
@@ -114,6 +117,10 @@ def lerp_many(jobs: Sequence[Job], alpha: float, *, labels: tuple[str, str], che
             ops.lerp(job.base, job.models[0], alpha, dtype=job.dtype, out=job.out, name=job.name, labels=labels, check_finite=check_finite)
         ]
     outs = [job.target() for job in jobs]
+    if _unwatched():
+        placed = [Job(job.name, job.base, job.models, job.dtype, out) for job, out in zip(jobs, outs)]
+        _lerp_all(placed, alpha, labels, check_finite)
+        return outs
     torch.ops.pymerge.lerp_many_out(
         [job.base for job in jobs], [job.models[0] for job in jobs], alpha, [job.name for job in jobs], *labels, check_finite, outs
     )
@@ -122,7 +129,10 @@ def lerp_many(jobs: Sequence[Job], alpha: float, *, labels: tuple[str, str], che
 
 def lerp_many_(a: Sequence[Tensor], b: Sequence[Tensor], alpha: float) -> None:
     """Each of `a` becomes the interpolation from it to its partner in `b`."""
-    torch.ops.pymerge.lerp_many_(list(a), list(b), alpha)
+    if _unwatched():
+        _lerp_many_inplace_impl(a, b, alpha)
+    else:
+        torch.ops.pymerge.lerp_many_(list(a), list(b), alpha)
 
 
 def require_finite(label: str, named: Sequence[tuple[str, Tensor]]) -> None:
@@ -142,6 +152,12 @@ def _native_many() -> ModuleType:
     from . import native_many
 
     return native_many
+
+
+def _unwatched() -> bool:
+    """Whether calling an operator would call its implementation and nothing else: its lists of tensors cost more than small merges."""
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    return modes is not None and modes() == 0 and not torch.compiler.is_compiling()
 
 
 def _by_device(items: Sequence[T], device_of: Callable[[T], torch.device]) -> Iterator[tuple[torch.device, list[T]]]:
@@ -200,6 +216,10 @@ def _merge_many_impl(bases, models, *args) -> None:
         Job(name, bases[j] if bases else None, models[j * count : (j + 1) * count], out.dtype, out)
         for j, (name, out) in enumerate(zip(names, outs))
     ]  # fmt: skip
+    _merge_all(jobs, spec, check_finite)
+
+
+def _merge_all(jobs: Sequence[Job], spec: MergeSpec, check_finite: bool) -> None:
     for device, members in _by_device(jobs, lambda job: job.models[0].device):
         if in_one_go(device):
             finite = _merge_in_one_go(members, spec, device)
@@ -286,14 +306,18 @@ def _lerp_many_impl(a, b, alpha, names, label_a, label_b, check_finite, outs) ->
     if not len(a) == len(b) == len(names) == len(outs):
         raise ValueError(f"{len(a)}, {len(b)}, {len(names)} and {len(outs)} tensors do not make pairs, names and results")
     jobs = [Job(name, x, [y], out.dtype, out) for name, x, y, out in zip(names, a, b, outs)]
+    _lerp_all(jobs, alpha, (label_a, label_b), check_finite)
+
+
+def _lerp_all(jobs: Sequence[Job], alpha: float, labels: tuple[str, str], check_finite: bool) -> None:
     for device, members in _by_device(jobs, lambda job: job.base.device):
         if in_one_go(device):
             finite = _lerp_in_one_go(members, alpha, device)
             suspects = members if check_finite and not finite else []
         else:
-            suspects = _lerp_here(members, alpha, (label_a, label_b), check_finite)
+            suspects = _lerp_here(members, alpha, labels, check_finite)
         for job in suspects if check_finite else ():
-            raise_if_not_finite([(label_a, job.base), (label_b, job.models[0])], job.name)
+            raise_if_not_finite(zip(labels, (job.base, job.models[0])), job.name)
 
 
 def _lerp_here(jobs: Sequence[Job], alpha: float, labels: tuple[str, str], check_finite: bool) -> list[Job]:

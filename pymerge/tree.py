@@ -47,7 +47,7 @@ class Facts(NamedTuple):
     trouble: str = ""
 
     @classmethod
-    def of(cls, t: Any) -> Facts:
+    def of(cls, t: Any, compiling: bool) -> Facts:
         if not isinstance(t, Tensor):
             return cls((), torch.float32, torch.device("cpu"), f"is a {type(t).__name__}, not a tensor")
         trouble = ""
@@ -60,7 +60,7 @@ class Facts(NamedTuple):
                 trouble = "is quantised; dequantise it first"
             elif t.dtype.is_floating_point:
                 trouble = f"is {_word(t.dtype)}; floating dtypes that can be merged are {', '.join(map(_word, COMPUTED + WIDENED))}"
-        if not trouble and not torch.compiler.is_compiling() and t.is_neg():
+        if not trouble and not compiling and t.is_neg():
             trouble = "is a lazily negated view, whose memory holds the opposite values; call .resolve_neg() first"
         return cls(t.shape, t.dtype, t.device, trouble)
 
@@ -100,9 +100,10 @@ class Source:
         Asks for every tensor once, one at a time.
         """
         facts, tied, ties = {}, {}, _Ties()
+        compiling = torch.compiler.is_compiling()
         for name in self.names:
             t = self._tensors[name]
-            facts[name] = Facts.of(t)
+            facts[name] = Facts.of(t, compiling)
             if self.kind != "tensor" and not facts[name].trouble:
                 first = ties.first_name(t, name)
                 if first != name:
@@ -309,12 +310,14 @@ class Paired:
             to = None if target is None else target[name]
             base, models = self.tensors(name)
             if name in self.dtypes:
+                job = Job(name, base, models, (dtype or self.dtypes[name]) if to is None else to.dtype, to)
                 device = self.facts[0][name].device
-                group = groups.get(device)
-                if group is None:
-                    group = groups[device] = _Group([], 0 if self.kind == "tensor" else together(device))
-                group.jobs.append(Job(name, base, models, (dtype or self.dtypes[name]) if to is None else to.dtype, to))
-                group.room -= len(self.sources) * models[0].nbytes
+                if device not in groups:
+                    groups[device] = _Group([], 0 if self.kind == "tensor" else together(device))
+                group = groups[device]
+                group.jobs.append(job)
+                if group.room > 0:
+                    group.room -= len(self.sources) * models[0].nbytes
                 if group.room <= 0:
                     result |= group.merged(merge)
                     del groups[device]
