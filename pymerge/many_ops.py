@@ -28,7 +28,6 @@ T = TypeVar("T")
 
 
 GROUP_BYTES = 64 << 20  # of inputs, in CPU memory: thousands of small tensors, and not much beside a model
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Job(NamedTuple):
@@ -44,7 +43,7 @@ class Job(NamedTuple):
         if self.out is not None:
             return self.out
         like = self.models[0]
-        if like.dtype is self.dtype and type(like) in _PLAIN and like.is_contiguous():
+        if like.dtype is self.dtype and type(like) in ops.PLAIN and like.is_contiguous():
             return torch.empty_like(like)  # the same in a third of the time
         return torch.empty(like.shape, dtype=self.dtype, device=like.device)
 
@@ -72,11 +71,11 @@ def merge_many(jobs: Sequence[Job], spec: MergeSpec, *, check_finite: bool = Tru
         return [ops.merge(job.base, job.models, spec, name=job.name, dtype=job.dtype, out=job.out, check_finite=check_finite)]
     placed = [job if job.out is not None else Job(job.name, job.base, job.models, job.dtype, job.target()) for job in jobs]
     outs, arranged = [job.out for job in placed], _arranged(placed, spec)
-    if _unwatched():
-        _merge_all(arranged, spec, check_finite)
-        return outs
     bases = [job.base for job in arranged if job.base is not None]
     models = [x for job in arranged for x in job.models]
+    if ops.unwatched([*bases, *models, *outs]):
+        _merge_all(arranged, spec, check_finite)
+        return outs
     torch.ops.pymerge.merge_many_out(
         bases, models, *ops._spec_args(None, (), spec, "", None)[2:-2], spec.convention.scope, [job.name for job in arranged], check_finite,
         [job.out for job in arranged],
@@ -116,20 +115,18 @@ def lerp_many(jobs: Sequence[Job], alpha: float, *, labels: tuple[str, str], che
         return [
             ops.lerp(job.base, job.models[0], alpha, dtype=job.dtype, out=job.out, name=job.name, labels=labels, check_finite=check_finite)
         ]
-    outs = [job.target() for job in jobs]
-    if _unwatched():
-        placed = [Job(job.name, job.base, job.models, job.dtype, out) for job, out in zip(jobs, outs)]
-        _lerp_all(placed, alpha, labels, check_finite)
-        return outs
-    torch.ops.pymerge.lerp_many_out(
-        [job.base for job in jobs], [job.models[0] for job in jobs], alpha, [job.name for job in jobs], *labels, check_finite, outs
-    )
+    outs, a, b = [job.target() for job in jobs], [job.base for job in jobs], [job.models[0] for job in jobs]
+    names = [job.name for job in jobs]
+    if ops.unwatched([*a, *b, *outs]):
+        _lerp_many_impl(a, b, alpha, names, *labels, check_finite, outs)
+    else:
+        torch.ops.pymerge.lerp_many_out(a, b, alpha, names, *labels, check_finite, outs)
     return outs
 
 
 def lerp_many_(a: Sequence[Tensor], b: Sequence[Tensor], alpha: float) -> None:
     """Each of `a` becomes the interpolation from it to its partner in `b`."""
-    if _unwatched():
+    if ops.unwatched([*a, *b]):
         _lerp_many_inplace_impl(a, b, alpha)
     else:
         torch.ops.pymerge.lerp_many_(list(a), list(b), alpha)
@@ -152,12 +149,6 @@ def _native_many() -> ModuleType:
     from . import native_many
 
     return native_many
-
-
-def _unwatched() -> bool:
-    """Whether calling an operator would call its implementation and nothing else: its lists of tensors cost more than small merges."""
-    modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    return modes is not None and modes() == 0 and not torch.compiler.is_compiling()
 
 
 def _by_device(items: Sequence[T], device_of: Callable[[T], torch.device]) -> Iterator[tuple[torch.device, list[T]]]:
@@ -306,18 +297,14 @@ def _lerp_many_impl(a, b, alpha, names, label_a, label_b, check_finite, outs) ->
     if not len(a) == len(b) == len(names) == len(outs):
         raise ValueError(f"{len(a)}, {len(b)}, {len(names)} and {len(outs)} tensors do not make pairs, names and results")
     jobs = [Job(name, x, [y], out.dtype, out) for name, x, y, out in zip(names, a, b, outs)]
-    _lerp_all(jobs, alpha, (label_a, label_b), check_finite)
-
-
-def _lerp_all(jobs: Sequence[Job], alpha: float, labels: tuple[str, str], check_finite: bool) -> None:
     for device, members in _by_device(jobs, lambda job: job.base.device):
         if in_one_go(device):
             finite = _lerp_in_one_go(members, alpha, device)
             suspects = members if check_finite and not finite else []
         else:
-            suspects = _lerp_here(members, alpha, labels, check_finite)
+            suspects = _lerp_here(members, alpha, (label_a, label_b), check_finite)
         for job in suspects if check_finite else ():
-            raise_if_not_finite(zip(labels, (job.base, job.models[0])), job.name)
+            raise_if_not_finite([(label_a, job.base), (label_b, job.models[0])], job.name)
 
 
 def _lerp_here(jobs: Sequence[Job], alpha: float, labels: tuple[str, str], check_finite: bool) -> list[Job]:

@@ -8,7 +8,7 @@ does not import torch). The Python functions of the same names below wrap them w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -118,6 +118,24 @@ def require_backend(device: torch.device) -> None:
     _backend_for(device)
 
 
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def unwatched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether calling an operator would call its implementation and nothing else, so that it can be left out: nobody traces or transforms.
+
+    On small tensors an operator's many arguments cost more than the work.
+    """
+    if torch.compiler.is_compiling() or _dispatch_modes() or _transforms() is not None:
+        return False
+    return {*map(type, tensors)} - {type(None)} <= PLAIN
+
+
+# torch has no public way to ask; where these are not, operators are called always.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: "unknown")
+
+
 # --------------------------------------------------------------------------------------------------------------------------------------
 # Preparing tensors for a backend
 
@@ -204,8 +222,9 @@ def _merge_into(base, models, spec, name, selection, balance, dtype, check_finit
     given = [*models, *([] if base is None else [base])]
     _check_alike([*given, *([] if out is None else [out])])
     shape, device = models[0].shape, models[0].device
-    flat_base, flat = (None if base is None else _flat(base)), [_flat(x) for x in models]
     impl = _backend_for(device)
+    prepared = _dense if backend_name(device) == "native" else _flat
+    flat_base, flat = (None if base is None else prepared(base)), [prepared(x) for x in models]
     if impl is reference:
         if check_finite:
             _raise_if_not_finite(base, models, name)
@@ -369,6 +388,8 @@ def merge(
         ValueError: shapes or devices differ.
         TypeError: a dtype that cannot be merged.
     """
+    if unwatched((base, *models, selection, out)):
+        return _merge_into(base, models, spec, name, selection, balance, dtype, check_finite, out)
     args = _spec_args(base, models, spec, name, selection)
     if out is None:
         return torch.ops.pymerge.merge(*args, balance, dtype, check_finite)
@@ -398,6 +419,8 @@ def lerp(
     check_finite: bool = True,
 ) -> Tensor:
     """Linear interpolation from a to b, see :func:`pymerge.reference.lerp`; `out`, `name` and errors as :func:`merge` has them."""
+    if unwatched((a, b, out)):
+        return _lerp_into(a, b, alpha, dtype, name, labels, check_finite, out)
     if out is None:
         return torch.ops.pymerge.lerp(a, b, alpha, dtype, name, *labels, check_finite)
     torch.ops.pymerge.lerp_out(a, b, alpha, out, name, *labels, check_finite)
