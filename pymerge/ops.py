@@ -156,8 +156,10 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _check_alike(tensors: Sequence[Tensor]) -> None:
-    shape, device = tensors[0].shape, tensors[0].device
+    first, shape, device = tensors[0], tensors[0].shape, tensors[0].device
     for t in tensors[1:]:
+        if t is first:  # a result that is the first input
+            continue
         if t.shape != shape:
             raise ValueError(f"shapes differ: {tuple(shape)} and {tuple(t.shape)}")
         if t.device != device:

@@ -39,13 +39,12 @@ def _average(ema: Any, model: Any, decay: float, check_finite: bool, averaged: C
     """One step, everything checked before anything changes. Floating tensors that are not `averaged` become the model's."""
     pairs = Paired(ema, [model], labels=("ema", "model"), nonfloat="any", needs_base="ema_update")
     pairs.check_apart(pairs.sources[0], pairs.sources[1:])
-    moving = {name for name in pairs.merged if averaged(name)}
-    if check_finite:
-        many_ops.require_finite("model", [(name, pairs.tensors(name)[1][0]) for name in sorted(moving)])
     rows = [(name, *pairs.tensors(name)) for name in pairs.names if pairs.first_name[name] == name]
-    many_ops.lerp_many_(
-        [average for name, average, _ in rows if name in moving], [x for name, _, (x,) in rows if name in moving], 1.0 - decay
-    )
+    moving = {name for name in pairs.merged if averaged(name)}
+    pulled = [row for row in rows if row[0] in moving]
+    if check_finite:
+        many_ops.require_finite("model", [(name, x) for name, _, (x,) in sorted(pulled, key=lambda row: row[0])])
+    many_ops.lerp_many_([average for _, average, _ in pulled], [x for _, _, (x,) in pulled], 1.0 - decay)
     for name, average, (current,) in rows:
         if name not in moving:
             average.copy_(current)
