@@ -185,7 +185,6 @@ class _Bound(NamedTuple):
     @classmethod
     def of(cls, job: Job, prepared: Callable[[Tensor], Tensor]) -> _Bound:
         given = job.models if job.base is None else [*job.models, job.base]
-        ops._check_alike([*given, job.out])
         target, direct = ops._target(job.models[0], job.dtype, job.out, given, prepared)
         return cls(job, None if job.base is None else prepared(job.base), [prepared(x) for x in job.models], target, direct)
 
@@ -207,6 +206,8 @@ def _merge_many_impl(bases, models, *args) -> None:
         Job(name, bases[j] if bases else None, models[j * count : (j + 1) * count], out.dtype, out)
         for j, (name, out) in enumerate(zip(names, outs))
     ]  # fmt: skip
+    for job in jobs:
+        ops._check_alike([*job.models, *([] if job.base is None else [job.base]), job.out])
     _merge_all(jobs, spec, check_finite)
 
 
@@ -296,6 +297,8 @@ def _ranked_together(jobs: Sequence[Job], spec: MergeSpec) -> list[Tensor]:
 def _lerp_many_impl(a, b, alpha, names, label_a, label_b, check_finite, outs) -> None:
     if not len(a) == len(b) == len(names) == len(outs):
         raise ValueError(f"{len(a)}, {len(b)}, {len(names)} and {len(outs)} tensors do not make pairs, names and results")
+    for given in zip(a, b, outs):
+        ops._check_alike(given)
     jobs = [Job(name, x, [y], out.dtype, out) for name, x, y, out in zip(names, a, b, outs)]
     for device, members in _by_device(jobs, lambda job: job.base.device):
         if in_one_go(device):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .many_ops import Job
-from .ops import COMPUTED, WIDENED
+from .ops import COMPUTED, PLAIN, WIDENED
 from .tree_errors import keys_that_differ, raise_all
 
 __all__ = ["Facts", "Paired", "Source", "check_alike", "common_dtype", "span"]
@@ -48,6 +48,8 @@ class Facts(NamedTuple):
 
     @classmethod
     def of(cls, t: Any, compiling: bool) -> Facts:
+        if type(t) in PLAIN and not t.is_meta and t.layout is torch.strided and t.dtype in _ORDINARY and not (compiling or t.is_neg()):
+            return tuple.__new__(cls, (t.shape, t.dtype, t.device, ""))  # nearly all are, and a model has many
         if not isinstance(t, Tensor):
             return cls((), torch.float32, torch.device("cpu"), f"is a {type(t).__name__}, not a tensor")
         trouble = ""
@@ -100,13 +102,13 @@ class Source:
         Asks for every tensor once, one at a time.
         """
         facts, tied, ties = {}, {}, _Ties()
-        compiling = torch.compiler.is_compiling()
+        compiling, alone = torch.compiler.is_compiling(), self.kind == "tensor"
         for name in self.names:
             t = self._tensors[name]
-            facts[name] = Facts.of(t, compiling)
-            if self.kind != "tensor" and not facts[name].trouble:
+            fact = facts[name] = Facts.of(t, compiling)
+            if not alone and not fact.trouble:
                 first = ties.first_name(t, name)
-                if first != name:
+                if first is not name:
                     tied[name] = first
         return facts, tied
 
@@ -134,8 +136,10 @@ class _Ties:
         address = t.data_ptr()
         if not address:  # no elements
             return name
-        others = self._seen.get(address, ())
-        alive = [(other, first) for other, first in others if other() is not None] if others else []
+        if address not in self._seen:
+            self._seen[address] = [(weakref.ref(t), name)]
+            return name
+        alive = [(other, first) for other, first in self._seen[address] if other() is not None]
         for other, first in alive:
             same = other()
             if (same.shape, same.stride(), same.dtype, same.device) == (t.shape, t.stride(), t.dtype, t.device):
