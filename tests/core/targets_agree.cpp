@@ -90,7 +90,7 @@ std::vector<unsigned char> RunJob(uint64_t seed, const std::string& target) {
     append(&balance, sizeof(balance));
   }
   const Input &a = job.in.model[0], &b = job.in.model[job.in.models - 1];
-  double sums[3];
+  double sums[3] = {};
   DotProducts(job.in.n, a, b, a.dtype == DType::kF64 || b.dtype == DType::kF64, 2, sums);
   append(sums, sizeof(sums));
   std::vector<unsigned char> between(static_cast<size_t>(job.in.n * 8) + 1);
