@@ -24,6 +24,7 @@
 
 #include "arena.h"
 #include "dispatch.h"
+#include "select_cached.h"
 #include "thread_pool.h"
 
 namespace pymerge {
@@ -456,6 +457,10 @@ int UsefulThreads(int64_t bytes, int threads) {
 }
 
 std::vector<Selection> Select(const std::vector<Deltas>& tensors, const std::vector<int64_t>& counts, bool tie_all, int threads) {
+  if (tensors.size() == 1 && tensors[0].n <= kMostCached) {
+    const int64_t bytes = tensors[0].n * static_cast<int64_t>(sizeof(int32_t) * (counts.size() + 1));
+    return SelectCached(tensors[0], counts, tie_all, UsefulThreads(bytes, threads));
+  }
   if (!tensors.empty() && tensors[0].f64) return SelectInMemory<int64_t>(tensors, counts, tie_all, threads);
   return SelectInMemory<int32_t>(tensors, counts, tie_all, threads);
 }

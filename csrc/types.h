@@ -159,6 +159,8 @@ struct Kernels {
   void (*dots)(const Input& a, const Input& b, bool f64, int64_t begin, int64_t end, double* sums);
   // Interpolates a range; false if some difference of it is not finite.
   bool (*lerp)(const LerpJob&, int64_t begin, int64_t end);
+  // Whether a range, which begins anywhere, has no NaN and no infinity.
+  bool (*finite)(const Input&, int64_t begin, int64_t end);
   // Divergences, or their gradients, of rows [begin, end).
   void (*kl_forward)(const KlJob&, int64_t begin, int64_t end);
   void (*kl_backward)(const KlJob&, int64_t begin, int64_t end);

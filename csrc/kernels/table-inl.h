@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/diagnose-inl.h"
+#include "kernels/finite-inl.h"
 #include "kernels/kl-inl.h"
 #include "kernels/lerp-inl.h"
 #include "kernels/low_rank-inl.h"
@@ -14,7 +15,8 @@ namespace pymerge {
 namespace PYMERGE_TARGET {
 
 inline constexpr Kernels MakeTable(const char* name) {
-  return {name, Merge, Balance, Keys, Count, MergeCounting, MergeElements, AbsSums, Dots, Lerp, KlForward, KlBackward, LowRank, Diagnose};
+  return {name, Merge, Balance, Keys, Count, MergeCounting, MergeElements, AbsSums,
+          Dots, Lerp, Finite, KlForward, KlBackward, LowRank, Diagnose};
 }
 
 }  // namespace PYMERGE_TARGET

@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "kl.h"
 #include "merge.h"
+#include "merge_many.h"
 #include "select.h"
 
 using namespace pymerge;
@@ -89,7 +90,7 @@ std::vector<unsigned char> RunJob(uint64_t seed, const std::string& target) {
     append(&balance, sizeof(balance));
   }
   const Input &a = job.in.model[0], &b = job.in.model[job.in.models - 1];
-  double sums[3];
+  double sums[3] = {};
   DotProducts(job.in.n, a, b, a.dtype == DType::kF64 || b.dtype == DType::kF64, 2, sums);
   append(sums, sizeof(sums));
   std::vector<unsigned char> between(static_cast<size_t>(job.in.n * 8) + 1);
@@ -103,6 +104,7 @@ std::vector<unsigned char> RunJob(uint64_t seed, const std::string& target) {
   lerp.weight = 0.3;
   const bool lerp_finite = LerpTensor(lerp, 2);
   append(&lerp_finite, 1);
+  for (int64_t bad : FindNonFinite({{job.in.n, a}, {job.in.n, b}}, 2)) append(&bad, sizeof(bad));
   append(between.data(), between.size());
   return result;
 }
