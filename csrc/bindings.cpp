@@ -10,6 +10,7 @@
 #include "kl.h"
 #include "low_rank.h"
 #include "merge.h"
+#include "merge_many.h"
 #include "select.h"
 
 namespace py = pybind11;
@@ -40,8 +41,9 @@ void Fill(const py::dict& options, const char* key, size_t count, T* into) {
   std::copy(values.begin(), values.end(), into);
 }
 
-// `options`: see pymerge.native._options.
-MergePlan ToPlan(int64_t n, bool f64, const TensorArg& base, const std::vector<TensorArg>& models, const py::dict& options) {
+// `options`: see pymerge.native._options. `complete`: a band's selection is among them, and not to be made.
+MergePlan ToPlan(int64_t n, bool f64, const TensorArg& base, const std::vector<TensorArg>& models, const py::dict& options,
+                 bool complete = true) {
   MergePlan plan;
   MergeJob& job = plan.job;
   job.in = ToDeltas(n, f64, base, models);
@@ -68,7 +70,7 @@ MergePlan ToPlan(int64_t n, bool f64, const TensorArg& base, const std::vector<T
   const auto selection = options["selection"].cast<std::vector<std::tuple<int64_t, int64_t>>>();
   plan.selected = !selection.empty();
   const bool band = job.sparsify == Sparsify::kBand;
-  if (band ? selection.size() != 2 * models.size() : plan.selected && selection.size() != models.size()) {
+  if ((plan.selected || (band && complete)) && selection.size() != (band ? 2 : 1) * models.size()) {
     throw std::invalid_argument("selection: one row per model, of a band two");
   }
   for (size_t i = 0; i < selection.size(); ++i) {
@@ -150,6 +152,118 @@ std::vector<double> PyAbsSums(int64_t n, bool f64, const TensorArg& base, const 
   py::gil_scoped_release release;
   AddAbsSums(plan.job, threads, sums.data());
   return sums;
+}
+
+// A row of 64-bit integers per tensor; an address and a dtype code make a TensorArg.
+class Table {
+ public:
+  Table(const py::buffer& buffer, size_t columns) : info_(buffer.request()), columns_(columns) {
+    if (info_.ndim != 1 || info_.itemsize != 8 || info_.strides[0] != 8 || info_.size % static_cast<ssize_t>(columns)) {
+      throw std::invalid_argument("not rows of 64-bit integers");
+    }
+  }
+  size_t rows() const { return static_cast<size_t>(info_.size) / columns_; }
+  size_t columns() const { return columns_; }
+  const int64_t* row(size_t i) const { return static_cast<const int64_t*>(info_.ptr) + i * columns_; }
+
+ private:
+  py::buffer_info info_;
+  size_t columns_;
+};
+
+TensorArg At(const int64_t* row, size_t column) { return {static_cast<uintptr_t>(row[column]), static_cast<int>(row[column + 1])}; }
+
+// Rows: size, tensor id, result, base, models, counts of each model (see ManyTensor).
+std::vector<ManyTensor> ToTensors(const Table& table, size_t models) {
+  if (table.columns() < 6 + 2 * models) throw std::invalid_argument("too few columns");
+  std::vector<ManyTensor> tensors(table.rows());
+  for (size_t i = 0; i < table.rows(); ++i) {
+    const int64_t* row = table.row(i);
+    ManyTensor& t = tensors[i];
+    t.n = row[0];
+    t.tensor_id = static_cast<uint32_t>(row[1]);
+    t.out = ToOutput(At(row, 2));
+    t.base = ToInput(At(row, 4));
+    for (size_t m = 0; m < models; ++m) t.models.push_back(ToInput(At(row, 6 + 2 * m)));
+    t.counts.assign(row + 6 + 2 * models, row + table.columns());
+    const auto wide = [](const Input& x) { return x.dtype == DType::kF64; };
+    t.f64 = wide(t.base) || std::any_of(t.models.begin(), t.models.end(), wide);
+  }
+  return tensors;
+}
+
+MergePlan ToSharedPlan(size_t models, const py::dict& options) {
+  return ToPlan(0, false, {0, 0}, std::vector<TensorArg>(models, TensorArg(0, 0)), options, false);
+}
+
+void RequireCounts(const MergePlan& plan, size_t models, const Table& table) {
+  const bool band = plan.job.sparsify == Sparsify::kBand, ranked = band || plan.job.sparsify == Sparsify::kMagnitude;
+  const size_t counts = table.columns() - 6 - 2 * models, wanted = ranked && !plan.selected ? (band ? 2 : 1) * models : 0;
+  if (counts != wanted || (band && plan.selected)) throw std::invalid_argument("counts: one per model, of a band two, where none is selected");
+}
+
+std::vector<int64_t> PyMergeMany(const py::buffer& rows, size_t columns, size_t models, const py::dict& options, int threads) {
+  const Table table(rows, columns);
+  const MergePlan plan = ToSharedPlan(models, options);
+  const std::vector<ManyTensor> tensors = ToTensors(table, models);
+  RequireCounts(plan, models, table);
+  py::gil_scoped_release release;
+  return MergeMany(plan, tensors, threads);
+}
+
+int64_t PyVoteBalanceMany(const py::buffer& rows, size_t columns, size_t models, const py::dict& options, int threads) {
+  const Table table(rows, columns);
+  const MergePlan plan = ToSharedPlan(models, options);
+  const std::vector<ManyTensor> tensors = ToTensors(table, models);
+  RequireCounts(plan, models, table);
+  py::gil_scoped_release release;
+  return VoteBalanceMany(plan, tensors, threads);
+}
+
+// The tensors' ranks taken together.
+std::vector<std::tuple<int64_t, int64_t>> PySelectMany(const py::buffer& rows, size_t columns, const std::vector<int64_t>& counts,
+                                                       bool tie_all, int threads) {
+  const Table table(rows, columns);
+  if (counts.size() > kMaxModels) throw std::invalid_argument("1 to 64 models");
+  std::vector<Deltas> in(table.rows());
+  const std::vector<ManyTensor> tensors = ToTensors(table, counts.size());
+  for (size_t i = 0; i < in.size(); ++i) {
+    in[i].n = tensors[i].n;
+    in[i].models = static_cast<int>(counts.size());
+    in[i].f64 = tensors[0].f64;
+    in[i].base = tensors[i].base;
+    std::copy(tensors[i].models.begin(), tensors[i].models.end(), in[i].model);
+  }
+  py::gil_scoped_release release;
+  return Rows(Select(in, counts, tie_all, threads));
+}
+
+// Rows: size, a, b, result.
+std::vector<int64_t> PyLerpMany(const py::buffer& rows, bool near_a, double weight, int threads) {
+  const Table table(rows, 7);
+  std::vector<LerpJob> jobs(table.rows());
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    const int64_t* row = table.row(i);
+    LerpJob& job = jobs[i];
+    job.n = row[0];
+    job.a = ToInput(At(row, 1));
+    job.b = ToInput(At(row, 3));
+    job.out = ToOutput(At(row, 5));
+    job.f64 = job.a.dtype == DType::kF64 || job.b.dtype == DType::kF64;
+    job.near_a = near_a;
+    job.weight = weight;
+  }
+  py::gil_scoped_release release;
+  return LerpMany(jobs, threads);
+}
+
+// Rows: size, values.
+std::vector<int64_t> PyFindNonFinite(const py::buffer& rows, int threads) {
+  const Table table(rows, 3);
+  std::vector<Values> tensors(table.rows());
+  for (size_t i = 0; i < tensors.size(); ++i) tensors[i] = {table.row(i)[0], ToInput(At(table.row(i), 1))};
+  py::gil_scoped_release release;
+  return FindNonFinite(tensors, threads);
 }
 
 Deltas ToPart(int64_t n, int64_t first, bool f64, const TensorArg& base, const std::vector<TensorArg>& models) {
@@ -267,7 +381,12 @@ int PyDiagnoseFiles(int64_t n, bool f64, bool has_base, const std::vector<std::t
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The C++ merge core; use pymerge.ops.";
   m.def("merge", &PyMerge);
+  m.def("merge_many", &PyMergeMany);
   m.def("vote_balance", &PyVoteBalance);
+  m.def("vote_balance_many", &PyVoteBalanceMany);
+  m.def("select_many", &PySelectMany);
+  m.def("lerp_many", &PyLerpMany);
+  m.def("find_non_finite", &PyFindNonFinite);
   m.def("select", &PySelect);
   m.def("abs_sums", &PyAbsSums);
   DefineStreamedSelection(m);

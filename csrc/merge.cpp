@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "one_pass.h"
 #include "select.h"
 #include "thread_pool.h"
 
@@ -73,9 +74,11 @@ int64_t VoteBalance(MergePlan* plan, int threads) {
 
 bool MergeTensor(MergePlan* plan, int threads) {
   MergeJob& job = plan->job;
+  job.stream = job.in.n * BytesOf(job.out.dtype) >= kStreamBytes;
+  bool finite_in_one = true;
+  if (MergeInOnePass(plan, UsefulThreads(BytesMoved(job.in), threads), &finite_in_one)) return finite_in_one;
   ChooseElements(plan, threads);
   if (plan->majority) job.zero_vote = CountBalance(job, threads) > 0 ? ZeroVote::kPositive : ZeroVote::kNegative;
-  job.stream = job.in.n * BytesOf(job.out.dtype) >= kStreamBytes;
   std::atomic<bool> finite{true};
   ForEachChunk(job.in.n, BytesMoved(job.in), threads, [&](int64_t begin, int64_t end) {
     if (!CurrentKernels().merge(job, begin, end)) finite = false;

@@ -22,7 +22,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "arena.h"
 #include "dispatch.h"
+#include "select_cached.h"
 #include "thread_pool.h"
 
 namespace pymerge {
@@ -40,49 +42,6 @@ int64_t IndexOfEqual(const Key* keys, int64_t n, Key key, int64_t rank) {
   }
   return n - 1;
 }
-
-// Collected keys of all chunks, in blocks that are allocated as needed and kept for the next call: page faults of fresh memory cost more
-// than the selection itself.
-template <class Key>
-class Arena {
- public:
-  // Copies n keys in; nullptr when there is no memory.
-  const Key* Keep(const Key* keys, int64_t n) {
-    constexpr int64_t kBlockKeys = 1 << 18;
-    static_assert(kBlockKeys >= kChunk, "a chunk's keys must fit a block");
-    if (used_ + n > kBlockKeys || blocks_.empty()) {
-      if (!blocks_.empty()) ++current_;
-      used_ = 0;
-      if (current_ == blocks_.size()) {
-        std::unique_ptr<Key[]> block(new (std::nothrow) Key[kBlockKeys]);
-        if (!block) return nullptr;
-        blocks_.push_back(std::move(block));
-      }
-    }
-    Key* kept = blocks_[current_].get() + used_;
-    memcpy(kept, keys, static_cast<size_t>(n) * sizeof(Key));
-    used_ += n;
-    return kept;
-  }
-
-  void Reset() {
-    constexpr size_t kCachedBlocks = 64;
-    if (blocks_.size() > kCachedBlocks) blocks_.resize(kCachedBlocks);
-    current_ = 0;
-    used_ = 0;
-  }
-
-  Key* Staging() {
-    if (!staging_) staging_.reset(new (std::nothrow) Key[kChunk + 16]);
-    return staging_.get();
-  }
-
- private:
-  std::vector<std::unique_ptr<Key[]>> blocks_;
-  std::unique_ptr<Key[]> staging_;
-  size_t current_ = 0;
-  int64_t used_ = 0;
-};
 
 template <class Key>
 struct Workspace {
@@ -179,8 +138,7 @@ class Selector final : public StreamedSelection {
     ParallelFor(static_cast<int64_t>(chunks_.size() - first), UsefulThreads(bytes, threads), [&](int64_t c, int slot) {
       const size_t at = first + static_cast<size_t>(c);
       Arena<Key>& arena = workspace_->arena[slot];
-      Key* staging = arena.Staging();
-      if (!staging) throw std::bad_alloc();
+      Key* staging = arena.Staging(kChunk + 16).data();
       const ChunkRef& chunk = chunks_[at];
       for (size_t s = 0; s < width; ++s) {
         Search& search = *searches_[s];
@@ -499,6 +457,10 @@ int UsefulThreads(int64_t bytes, int threads) {
 }
 
 std::vector<Selection> Select(const std::vector<Deltas>& tensors, const std::vector<int64_t>& counts, bool tie_all, int threads) {
+  if (tensors.size() == 1 && tensors[0].n <= kMostCached) {
+    const int64_t bytes = tensors[0].n * static_cast<int64_t>(sizeof(int32_t) * (counts.size() + 1));
+    return SelectCached(tensors[0], counts, tie_all, UsefulThreads(bytes, threads));
+  }
   if (!tensors.empty() && tensors[0].f64) return SelectInMemory<int64_t>(tensors, counts, tie_all, threads);
   return SelectInMemory<int32_t>(tensors, counts, tie_all, threads);
 }

@@ -73,6 +73,15 @@ struct BracketCount {
   int64_t collected = 0;
 };
 
+// What a chunk says of one model, next to its merge. upper: of the `count` keys that are inside the bracket and not its mid, those above it.
+// The first `room` of them, and their places in the chunk, are written down.
+struct Collected {
+  int64_t kept, equal, upper, count;
+  int64_t room;
+  int32_t* keys;
+  uint16_t* index;
+};
+
 struct LerpJob {
   int64_t n = 0;
   bool f64 = false;
@@ -139,12 +148,20 @@ struct Kernels {
   void (*keys)(const Deltas&, int model, int64_t begin, int64_t end, void* keys);
   // Counts one model's keys against a bracket. `collected` has room for end - begin + 16 keys.
   BracketCount (*count)(const Deltas&, int model, const Bracket&, int64_t begin, int64_t end, void* collected);
+  // Merges a range of at most kChunk elements, keeping those above each bracket's mid, and equal to it where keep_equal has the model's bit;
+  // and counts keys against the brackets. For elections by mass of unrescaled fp32 computations whose tensors share one dtype. False if some
+  // delta may not be finite.
+  bool (*merge_counting)(const MergeJob&, const Bracket*, uint64_t keep_equal, int64_t begin, int64_t end, Collected*);
+  // Merges elements begin + index[0], ... again; for the same jobs, if no selection's key is 0.
+  void (*merge_elements)(const MergeJob&, int64_t begin, const uint16_t* index, int64_t count);
   // L1 norms of one model's delta and of its kept part, per block of kSumBlock elements.
   void (*abs_sums)(const MergeJob&, int model, int64_t begin, int64_t end, double* full, double* kept);
   // a·a, b·b and a·b per block of kSumBlock elements: sums[3 * block + i].
   void (*dots)(const Input& a, const Input& b, bool f64, int64_t begin, int64_t end, double* sums);
   // Interpolates a range; false if some difference of it is not finite.
   bool (*lerp)(const LerpJob&, int64_t begin, int64_t end);
+  // Whether a range, which begins anywhere, has no NaN and no infinity.
+  bool (*finite)(const Input&, int64_t begin, int64_t end);
   // Divergences, or their gradients, of rows [begin, end).
   void (*kl_forward)(const KlJob&, int64_t begin, int64_t end);
   void (*kl_backward)(const KlJob&, int64_t begin, int64_t end);

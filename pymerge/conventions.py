@@ -7,7 +7,7 @@ a preset is a row of a table, and no code anywhere asks for a preset's name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal, Union
 
 __all__ = ["Convention", "ConventionLike", "kept_count", "presets"]
@@ -56,10 +56,10 @@ class Convention:
     k: Literal["floor1", "floor", "paper", "complement"] = "floor1"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), _CHOICES[field.name]
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"Convention.{field.name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
+                raise ValueError(f"Convention.{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
 
     def replace(self, **changes) -> Convention:
         """The same convention with some fields changed."""

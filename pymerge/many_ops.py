@@ -1,33 +1,36 @@
 """Operators on many tensors at once: ``torch.ops.pymerge.merge_many_out``, ``lerp_many_out`` and ``lerp_many_``.
 
 On a GPU the number of launches does not depend on the number of tensors, and nobody waits for the device unless `check_finite` asks, once
-at the end. On other backends tensors are merged one after the other. Tensors may be on several devices; autograd does not pass through.
+at the end. The C++ core gets lists too, and puts a thread to each small tensor. The reference merges tensors one after the other. Tensors
+may be on several devices; autograd does not pass through.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .finite import raise_if_not_finite
-from .reference import compute_dtype
 from .spec import MergeSpec
 
 if TYPE_CHECKING:
     from .triton_kernels.launch import Finite
 
-__all__ = ["Job", "in_one_go", "launch_lerps", "launch_merges", "lerp_many", "lerp_many_", "merge_many", "require_finite"]
+__all__ = ["Job", "group_bytes", "in_one_go", "launch_lerps", "launch_merges", "lerp_many", "lerp_many_", "merge_many", "require_finite"]
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Job:
+GROUP_BYTES = 64 << 20  # of inputs, in CPU memory: thousands of small tensors, and not much beside a model
+
+
+class Job(NamedTuple):
     """One tensor to merge: its name, base's and models' tensors, the result's dtype, and where to write it if that is given."""
 
     name: str
@@ -37,12 +40,25 @@ class Job:
     out: Tensor | None = None
 
     def target(self) -> Tensor:
-        return torch.empty(self.models[0].shape, dtype=self.dtype, device=self.models[0].device) if self.out is None else self.out
+        if self.out is not None:
+            return self.out
+        like = self.models[0]
+        if like.dtype is self.dtype and type(like) in ops.PLAIN and like.is_contiguous():
+            return torch.empty_like(like)  # the same in a third of the time
+        return torch.empty(like.shape, dtype=self.dtype, device=like.device)
 
 
 def in_one_go(device: torch.device) -> bool:
-    """Whether tensors on `device` are better given all at once than one by one, so that not all of them need be in memory."""
+    """Whether all tensors on `device` are better given at once, however many they are: in a constant number of launches."""
     return ops.backend_name(device) == "triton"
+
+
+def group_bytes(device: torch.device) -> float:
+    """How many bytes of inputs on `device` are better given at once than one by one, so that not all of them need be in memory."""
+    if in_one_go(device):
+        return math.inf
+    # Under torch.compile each tensor is an operator of its own, whose result the compiler may place.
+    return GROUP_BYTES if ops.backend_name(device) == "native" and not torch.compiler.is_compiling() else 0
 
 
 def merge_many(jobs: Sequence[Job], spec: MergeSpec, *, check_finite: bool = True) -> list[Tensor]:
@@ -53,10 +69,13 @@ def merge_many(jobs: Sequence[Job], spec: MergeSpec, *, check_finite: bool = Tru
     if len(jobs) == 1:
         (job,) = jobs
         return [ops.merge(job.base, job.models, spec, name=job.name, dtype=job.dtype, out=job.out, check_finite=check_finite)]
-    outs = [job.target() for job in jobs]
-    arranged = _arranged([Job(job.name, job.base, job.models, job.dtype, out) for job, out in zip(jobs, outs)], spec)
+    placed = [job if job.out is not None else Job(job.name, job.base, job.models, job.dtype, job.target()) for job in jobs]
+    outs, arranged = [job.out for job in placed], _arranged(placed, spec)
     bases = [job.base for job in arranged if job.base is not None]
     models = [x for job in arranged for x in job.models]
+    if ops.unwatched([*bases, *models, *outs]):
+        _merge_all(arranged, spec, check_finite)
+        return outs
     torch.ops.pymerge.merge_many_out(
         bases, models, *ops._spec_args(None, (), spec, "", None)[2:-2], spec.convention.scope, [job.name for job in arranged], check_finite,
         [job.out for job in arranged],
@@ -78,8 +97,7 @@ def launch_merges(jobs: Sequence[Job], spec: MergeSpec) -> Finite | bool:
     jobs = _arranged(jobs, spec)
     if in_one_go(device):
         return _merge_in_one_go(jobs, spec, device)
-    _merge_one_by_one(jobs, spec, check_finite=False)
-    return False
+    return not _merge_here(jobs, spec, check_finite=False)
 
 
 def launch_lerps(jobs: Sequence[Job], alpha: float) -> Finite | bool:
@@ -87,9 +105,7 @@ def launch_lerps(jobs: Sequence[Job], alpha: float) -> Finite | bool:
     device = jobs[0].base.device
     if in_one_go(device):
         return _lerp_in_one_go(jobs, alpha, device)
-    for job in jobs:
-        ops._lerp_into(job.base, job.models[0], alpha, job.dtype, job.name, ("", ""), False, job.out)
-    return False
+    return not _lerp_here(jobs, alpha, ("", ""), check_finite=False)
 
 
 def lerp_many(jobs: Sequence[Job], alpha: float, *, labels: tuple[str, str], check_finite: bool = True) -> list[Tensor]:
@@ -99,25 +115,40 @@ def lerp_many(jobs: Sequence[Job], alpha: float, *, labels: tuple[str, str], che
         return [
             ops.lerp(job.base, job.models[0], alpha, dtype=job.dtype, out=job.out, name=job.name, labels=labels, check_finite=check_finite)
         ]
-    outs = [job.target() for job in jobs]
-    torch.ops.pymerge.lerp_many_out(
-        [job.base for job in jobs], [job.models[0] for job in jobs], alpha, [job.name for job in jobs], *labels, check_finite, outs
-    )
+    outs, a, b = [job.target() for job in jobs], [job.base for job in jobs], [job.models[0] for job in jobs]
+    names = [job.name for job in jobs]
+    if ops.unwatched([*a, *b, *outs]):
+        _lerp_many_impl(a, b, alpha, names, *labels, check_finite, outs)
+    else:
+        torch.ops.pymerge.lerp_many_out(a, b, alpha, names, *labels, check_finite, outs)
     return outs
 
 
 def lerp_many_(a: Sequence[Tensor], b: Sequence[Tensor], alpha: float) -> None:
     """Each of `a` becomes the interpolation from it to its partner in `b`."""
-    torch.ops.pymerge.lerp_many_(list(a), list(b), alpha)
+    if ops.unwatched([*a, *b]):
+        _lerp_many_inplace_impl(a, b, alpha)
+    else:
+        torch.ops.pymerge.lerp_many_(list(a), list(b), alpha)
 
 
 def require_finite(label: str, named: Sequence[tuple[str, Tensor]]) -> None:
     """Raise NonFiniteError for the first of (name, tensor) that has a NaN or an infinity; on a GPU all are looked at first, at once."""
     for device, members in _by_device(named, lambda pair: pair[1].device):
-        if in_one_go(device) and ops._backend_for(device).all_finite([ops._flat(t) for _, t in members]):
+        backend = ops.backend_name(device)
+        if backend == "triton" and ops._backend_for(device).all_finite([ops._flat(t) for _, t in members]):
             continue
+        if backend == "native":
+            members = [members[i] for i in _native_many().non_finite([ops._dense(t) for _, t in members])]
         for name, t in members:
             raise_if_not_finite([(label, t)], name)
+
+
+def _native_many() -> ModuleType:
+    ops._backend_for(torch.device("cpu"))
+    from . import native_many
+
+    return native_many
 
 
 def _by_device(items: Sequence[T], device_of: Callable[[T], torch.device]) -> Iterator[tuple[torch.device, list[T]]]:
@@ -142,9 +173,8 @@ _library.define(
 _library.define("lerp_many_(Tensor(a!)[] a, Tensor[] b, float alpha) -> ()")
 
 
-@dataclass
-class _Bound:
-    """A job with its place to write: what a backend takes (flat, contiguous, fp8 widened) and how that becomes the result."""
+class _Bound(NamedTuple):
+    """A job with its place to write: what a backend takes (contiguous, fp8 widened) and how that becomes the result."""
 
     job: Job
     base: Tensor | None
@@ -153,11 +183,10 @@ class _Bound:
     direct: bool
 
     @classmethod
-    def of(cls, job: Job) -> _Bound:
-        given = [*job.models, *([] if job.base is None else [job.base])]
-        ops._check_alike([*given, job.out])
-        target, direct = ops._target(job.models[0], job.dtype, job.out, given)
-        return cls(job, None if job.base is None else ops._flat(job.base), [ops._flat(x) for x in job.models], target, direct)
+    def of(cls, job: Job, prepared: Callable[[Tensor], Tensor]) -> _Bound:
+        given = job.models if job.base is None else [*job.models, job.base]
+        target, direct = ops._target(job.models[0], job.dtype, job.out, given, prepared)
+        return cls(job, None if job.base is None else prepared(job.base), [prepared(x) for x in job.models], target, direct)
 
     def finish(self) -> None:
         if not self.direct:
@@ -177,19 +206,25 @@ def _merge_many_impl(bases, models, *args) -> None:
         Job(name, bases[j] if bases else None, models[j * count : (j + 1) * count], out.dtype, out)
         for j, (name, out) in enumerate(zip(names, outs))
     ]  # fmt: skip
+    for job in jobs:
+        ops._check_alike([*job.models, *([] if job.base is None else [job.base]), job.out])
+    _merge_all(jobs, spec, check_finite)
+
+
+def _merge_all(jobs: Sequence[Job], spec: MergeSpec, check_finite: bool) -> None:
     for device, members in _by_device(jobs, lambda job: job.models[0].device):
         if in_one_go(device):
             finite = _merge_in_one_go(members, spec, device)
-            if check_finite and not finite:
-                for job in members:
-                    ops._raise_if_not_finite(job.base, job.models, job.name)
+            suspects = members if check_finite and not finite else []
         else:
-            _merge_one_by_one(members, spec, check_finite)
+            suspects = _merge_here(members, spec, check_finite)
+        for job in suspects if check_finite else ():
+            ops._raise_if_not_finite(job.base, job.models, job.name)
 
 
 def _merge_in_one_go(jobs: Sequence[Job], spec: MergeSpec, device: torch.device) -> Finite:
     backend = ops._backend_for(device)
-    bound = [_Bound.of(job) for job in jobs]
+    bound = [_Bound.of(job, ops._flat) for job in jobs]
     finite = backend.merge_many([backend.MergeJob(x.base, x.models, x.target, x.job.name) for x in bound], spec)
     for x in bound:
         x.finish()
@@ -197,29 +232,43 @@ def _merge_in_one_go(jobs: Sequence[Job], spec: MergeSpec, device: torch.device)
 
 
 def _lerp_in_one_go(jobs: Sequence[Job], alpha: float, device: torch.device) -> Finite:
-    bound = [_Bound.of(job) for job in jobs]
+    bound = [_Bound.of(job, ops._flat) for job in jobs]
     finite = ops._backend_for(device).lerp_many([(x.base, x.models[0], x.target) for x in bound], alpha)
     for x in bound:
         x.finish()
     return finite
 
 
-def _merge_one_by_one(jobs: Sequence[Job], spec: MergeSpec, check_finite: bool) -> None:
+def _merge_here(jobs: Sequence[Job], spec: MergeSpec, check_finite: bool) -> list[Job]:
+    """Merges where there is no other backend than the C++ core or the reference; returns which have a delta that is not finite."""
+    together = spec.convention.scope == "model"
+    if together:
+        jobs = _of_one_arithmetic(jobs)
+    if ops.backend_name(jobs[0].models[0].device) == "reference":
+        _merge_by_reference(jobs, spec, together, check_finite)
+        return []
+    bound = [_Bound.of(job, ops._dense) for job in jobs]
+    native = _native_many()
+    found = native.merge_many([native.Row(x.job.name, x.base, x.models, x.target) for x in bound], spec, together=together)
+    for x in bound:
+        x.finish()
+    return [jobs[i] for i in found]
+
+
+def _merge_by_reference(jobs: Sequence[Job], spec: MergeSpec, together: bool, check_finite: bool) -> None:
     selections: list[Tensor | None] = [None] * len(jobs)
     balance = None
-    if spec.convention.scope == "model":
-        jobs = _of_one_arithmetic(jobs)
-        if spec.trims:
-            selections = _ranked_together(jobs, spec)
-        if spec.elect and spec.convention.zero_vote == "majority":
-            balance = sum(ops.vote_balance(j.base, j.models, spec, name=j.name, selection=s) for j, s in zip(jobs, selections))
+    if together and spec.trims:
+        selections = _ranked_together(jobs, spec)
+    if together and spec.elect and spec.convention.zero_vote == "majority":
+        balance = sum(ops.vote_balance(j.base, j.models, spec, name=j.name, selection=s) for j, s in zip(jobs, selections))
     for job, selection in zip(jobs, selections):
         ops._merge_into(job.base, job.models, spec, job.name, selection, balance, job.dtype, check_finite, job.out)
 
 
 def _of_one_arithmetic(jobs: Sequence[Job]) -> Sequence[Job]:
     """Magnitudes of fp32 and fp64 compare only when both are fp64: if one tensor computes in fp64, all do. One input is enough for that."""
-    wide = [compute_dtype([*job.models, *([] if job.base is None else [job.base])]) == torch.float64 for job in jobs]
+    wide = [torch.float64 in {x.dtype for x in (job.base, *job.models) if x is not None} for job in jobs]
     if not any(wide) or all(wide):
         return jobs
     return [
@@ -248,16 +297,30 @@ def _ranked_together(jobs: Sequence[Job], spec: MergeSpec) -> list[Tensor]:
 def _lerp_many_impl(a, b, alpha, names, label_a, label_b, check_finite, outs) -> None:
     if not len(a) == len(b) == len(names) == len(outs):
         raise ValueError(f"{len(a)}, {len(b)}, {len(names)} and {len(outs)} tensors do not make pairs, names and results")
+    for given in zip(a, b, outs):
+        ops._check_alike(given)
     jobs = [Job(name, x, [y], out.dtype, out) for name, x, y, out in zip(names, a, b, outs)]
     for device, members in _by_device(jobs, lambda job: job.base.device):
-        if not in_one_go(device):
-            for job in members:
-                ops._lerp_into(job.base, job.models[0], alpha, job.dtype, job.name, (label_a, label_b), check_finite, job.out)
-            continue
-        finite = _lerp_in_one_go(members, alpha, device)
-        if check_finite and not finite:
-            for job in members:
-                raise_if_not_finite([(label_a, job.base), (label_b, job.models[0])], job.name)
+        if in_one_go(device):
+            finite = _lerp_in_one_go(members, alpha, device)
+            suspects = members if check_finite and not finite else []
+        else:
+            suspects = _lerp_here(members, alpha, (label_a, label_b), check_finite)
+        for job in suspects if check_finite else ():
+            raise_if_not_finite([(label_a, job.base), (label_b, job.models[0])], job.name)
+
+
+def _lerp_here(jobs: Sequence[Job], alpha: float, labels: tuple[str, str], check_finite: bool) -> list[Job]:
+    """As :func:`_merge_here`."""
+    if ops.backend_name(jobs[0].base.device) == "reference":
+        for job in jobs:
+            ops._lerp_into(job.base, job.models[0], alpha, job.dtype, job.name, labels, check_finite, job.out)
+        return []
+    bound = [_Bound.of(job, ops._dense) for job in jobs]
+    found = _native_many().lerp_many([(x.base, x.models[0], x.target) for x in bound], alpha)
+    for x in bound:
+        x.finish()
+    return [jobs[i] for i in found]
 
 
 def _lerp_many_inplace_impl(a, b, alpha) -> None:

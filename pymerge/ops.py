@@ -8,7 +8,7 @@ does not import torch). The Python functions of the same names below wrap them w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -118,27 +118,52 @@ def require_backend(device: torch.device) -> None:
     _backend_for(device)
 
 
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def unwatched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether calling an operator would call its implementation and nothing else, so that it can be left out: nobody traces or transforms.
+
+    On small tensors an operator's many arguments cost more than the work.
+    """
+    if torch.compiler.is_compiling() or _dispatch_modes() or _transforms() is not None:
+        return False
+    return {*map(type, tensors)} - {type(None)} <= PLAIN
+
+
+# torch has no public way to ask; where these are not, operators are called always.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: "unknown")
+
+
 # --------------------------------------------------------------------------------------------------------------------------------------
 # Preparing tensors for a backend
 
 
 def _flat(t: Tensor) -> Tensor:
-    """`t` as a backend takes it: detached, contiguous, one-dimensional, fp8 widened."""
-    if t.dtype in WIDENED:
+    """`t` as any backend takes it: detached, contiguous, one-dimensional, fp8 widened."""
+    return _dense(t).detach().view(-1)
+
+
+def _dense(t: Tensor) -> Tensor:
+    """`t` as the C++ core takes it, which asks for an address and a size: contiguous, fp8 widened."""
+    if t.dtype not in COMPUTED:
+        if t.dtype not in WIDENED:
+            names = ", ".join(str(d).removeprefix("torch.") for d in COMPUTED)
+            raise TypeError(f"cannot merge tensors of dtype {t.dtype}; supported: {names} and the float8 types")
         t = t.to(torch.float32)
-    elif t.dtype not in COMPUTED:
-        names = ", ".join(str(d).removeprefix("torch.") for d in COMPUTED)
-        raise TypeError(f"cannot merge tensors of dtype {t.dtype}; supported: {names} and the float8 types")
-    return t.detach().contiguous().view(-1)
+    return t if t.is_contiguous() else t.detach().contiguous()
 
 
 def _check_alike(tensors: Sequence[Tensor]) -> None:
-    first = tensors[0]
+    first, shape, device = tensors[0], tensors[0].shape, tensors[0].device
     for t in tensors[1:]:
-        if t.shape != first.shape:
-            raise ValueError(f"shapes differ: {tuple(first.shape)} and {tuple(t.shape)}")
-        if t.device != first.device:
-            raise ValueError(f"devices differ: {first.device} and {t.device}")
+        if t is first:  # a result that is the first input
+            continue
+        if t.shape != shape:
+            raise ValueError(f"shapes differ: {tuple(shape)} and {tuple(t.shape)}")
+        if t.device != device:
+            raise ValueError(f"devices differ: {device} and {t.device}")
 
 
 def _raise_if_not_finite(base: Tensor | None, models: Sequence[Tensor], name: str) -> None:
@@ -199,8 +224,9 @@ def _merge_into(base, models, spec, name, selection, balance, dtype, check_finit
     given = [*models, *([] if base is None else [base])]
     _check_alike([*given, *([] if out is None else [out])])
     shape, device = models[0].shape, models[0].device
-    flat_base, flat = (None if base is None else _flat(base)), [_flat(x) for x in models]
     impl = _backend_for(device)
+    prepared = _dense if backend_name(device) == "native" else _flat
+    flat_base, flat = (None if base is None else prepared(base)), [prepared(x) for x in models]
     if impl is reference:
         if check_finite:
             _raise_if_not_finite(base, models, name)
@@ -213,10 +239,16 @@ def _merge_into(base, models, spec, name, selection, balance, dtype, check_finit
     return out if direct else _finished(target, shape, dtype, out)
 
 
-def _target(like: Tensor, dtype: torch.dtype, out: Tensor | None, given: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    """A flat tensor for a backend to write into, and whether it is `out` itself."""
+def _target(
+    like: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None,
+    given: Sequence[Tensor],
+    prepared: Callable[[Tensor], Tensor] = _flat,
+) -> tuple[Tensor, bool]:
+    """A tensor for a backend to write into, as `prepared` makes it or flat, and whether it is `out` itself."""
     if out is not None and out.is_contiguous() and dtype in COMPUTED:
-        return out.detach().view(-1), True
+        return prepared(out), True
     # fp8 is rounded afterwards, from the dtype of the arithmetic: once, also when that is fp64.
     wide = dtype if dtype in COMPUTED else reference.compute_dtype(given)
     return torch.empty(like.numel(), dtype=wide, device=like.device), False
@@ -358,6 +390,8 @@ def merge(
         ValueError: shapes or devices differ.
         TypeError: a dtype that cannot be merged.
     """
+    if unwatched((base, *models, selection, out)):
+        return _merge_into(base, models, spec, name, selection, balance, dtype, check_finite, out)
     args = _spec_args(base, models, spec, name, selection)
     if out is None:
         return torch.ops.pymerge.merge(*args, balance, dtype, check_finite)
@@ -387,6 +421,8 @@ def lerp(
     check_finite: bool = True,
 ) -> Tensor:
     """Linear interpolation from a to b, see :func:`pymerge.reference.lerp`; `out`, `name` and errors as :func:`merge` has them."""
+    if unwatched((a, b, out)):
+        return _lerp_into(a, b, alpha, dtype, name, labels, check_finite, out)
     if out is None:
         return torch.ops.pymerge.lerp(a, b, alpha, dtype, name, *labels, check_finite)
     torch.ops.pymerge.lerp_out(a, b, alpha, out, name, *labels, check_finite)

@@ -10,6 +10,7 @@ for kernels and for copies out. Nothing is overwritten before the event that end
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def _staged(pairs: Paired, launch: Launch, device, *, sliced: bool, together: bo
                 raise_if_not_finite(zip(names, (job.base, *job.models)), job.name)
         return results
 
-    return pairs.result_of_many(merge, lambda where: True, dtype=dtype, out=out)
+    return pairs.result_of_many(merge, lambda where: math.inf, dtype=dtype, out=out)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .many_ops import Job
-from .ops import COMPUTED, WIDENED
+from .ops import COMPUTED, PLAIN, WIDENED
 from .tree_errors import keys_that_differ, raise_all
 
 __all__ = ["Facts", "Paired", "Source", "check_alike", "common_dtype", "span"]
@@ -38,31 +38,36 @@ def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 # One model
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What is checked of a tensor; holding it does not hold the tensor."""
 
-    shape: tuple[int, ...]
+    shape: Sequence[int]
     dtype: torch.dtype
     device: torch.device
     trouble: str = ""
 
     @classmethod
-    def of(cls, t: Any) -> Facts:
+    def of(cls, t: Any, compiling: bool) -> Facts:
+        if type(t) in PLAIN and not t.is_meta and t.layout is torch.strided and t.dtype in _ORDINARY and not (compiling or t.is_neg()):
+            return tuple.__new__(cls, (t.shape, t.dtype, t.device, ""))  # nearly all are, and a model has many
         if not isinstance(t, Tensor):
             return cls((), torch.float32, torch.device("cpu"), f"is a {type(t).__name__}, not a tensor")
         trouble = ""
         if t.is_meta:
             trouble = "is a meta tensor: it has no values; load the weights first"
-        elif t.is_quantized:
-            trouble = "is quantised; dequantise it first"
-        elif t.layout != torch.strided:
+        elif t.layout is not torch.strided:
             trouble = f"is sparse ({str(t.layout).removeprefix('torch.')}); call .to_dense() first"
-        elif not torch.compiler.is_compiling() and t.is_neg():
+        elif t.dtype not in _ORDINARY:
+            if t.is_quantized:
+                trouble = "is quantised; dequantise it first"
+            elif t.dtype.is_floating_point:
+                trouble = f"is {_word(t.dtype)}; floating dtypes that can be merged are {', '.join(map(_word, COMPUTED + WIDENED))}"
+        if not trouble and not compiling and t.is_neg():
             trouble = "is a lazily negated view, whose memory holds the opposite values; call .resolve_neg() first"
-        elif t.dtype.is_floating_point and t.dtype not in COMPUTED + WIDENED:
-            trouble = f"is {_word(t.dtype)}; floating dtypes that can be merged are {', '.join(map(_word, COMPUTED + WIDENED))}"
-        return cls(tuple(t.shape), t.dtype, t.device, trouble)
+        return cls(t.shape, t.dtype, t.device, trouble)
+
+
+_ORDINARY = frozenset(COMPUTED + WIDENED)
 
 
 def _word(dtype: torch.dtype) -> str:
@@ -92,19 +97,28 @@ class Source:
         return t.detach() if t.requires_grad else t
 
     def survey(self) -> tuple[dict[str, Facts], dict[str, str]]:
-        """Per name: what is to be checked, and the first name of the same tensor. Asks for every tensor once, one at a time."""
-        facts, first, ties = {}, {}, _Ties()
+        """Per name: what is to be checked; and per name of a tensor that has an earlier name, its first one.
+
+        Asks for every tensor once, one at a time.
+        """
+        facts, tied, ties = {}, {}, _Ties()
+        compiling, alone = torch.compiler.is_compiling(), self.kind == "tensor"
         for name in self.names:
             t = self._tensors[name]
-            facts[name] = Facts.of(t)
-            first[name] = name if self.kind == "tensor" or facts[name].trouble else ties.first_name(t, name)
-        return facts, first
+            fact = facts[name] = Facts.of(t, compiling)
+            if not alone and not fact.trouble:
+                first = ties.first_name(t, name)
+                if first is not name:
+                    tied[name] = first
+        return facts, tied
 
 
 def span(t: Tensor) -> tuple[int, int]:
     """The range of addresses that a strided tensor's elements lie in; empty for no elements."""
     if t.numel() == 0:
         return (0, 0)
+    if t.is_contiguous():
+        return t.data_ptr(), t.data_ptr() + t.nbytes
     reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
     return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
 
@@ -116,16 +130,21 @@ class _Ties:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[tuple, tuple[weakref.ref, str]] = {}
+        self._seen: dict[int, list[tuple[weakref.ref, str]]] = {}  # by address
 
     def first_name(self, t: Tensor, name: str) -> str:
-        if t.numel() == 0:
+        address = t.data_ptr()
+        if not address:  # no elements
             return name
-        place = (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)
-        alive, first = self._seen.get(place, (None, name))
-        if alive is not None and alive() is not None:
-            return first
-        self._seen[place] = (weakref.ref(t), name)
+        if address not in self._seen:
+            self._seen[address] = [(weakref.ref(t), name)]
+            return name
+        alive = [(other, first) for other, first in self._seen[address] if other() is not None]
+        for other, first in alive:
+            same = other()
+            if (same.shape, same.stride(), same.dtype, same.device) == (t.shape, t.stride(), t.dtype, t.device):
+                return first
+        self._seen[address] = [*alive, (weakref.ref(t), name)]
         return name
 
 
@@ -137,21 +156,29 @@ def _about(label: str, name: str) -> str:
     return f"{label}: {name!r}" if name else label
 
 
-def check_alike(labels: Sequence[str], facts: Sequence[Mapping[str, Facts]]) -> None:
+def check_alike(labels: Sequence[str], facts: Sequence[Mapping[str, Facts]]) -> set[str]:
     """Raise unless all models have the first one's names, and per name its shape, its device and its kind of dtype.
+
+    Returns the names whose dtypes differ, all of them floating.
 
     Raises:
         ValueError: names, shapes or devices differ.
         TypeError: a value is no dense tensor with values; a tensor is floating in one model and not in another.
     """
     reference, first = labels[0], facts[0]
-    differing = [keys_that_differ(label, have, reference, first) for label, have in zip(labels[1:], facts[1:])]
+    strange = [(label, have) for label, have in zip(labels[1:], facts[1:]) if have.keys() != first.keys()]
+    differing = [keys_that_differ(label, have, reference, first) for label, have in strange]
     raise_all(ValueError, "{count} models do not have the same tensors", [d for d in differing if d])
 
-    rows = [(label, name, have[name], want) for name, want in first.items() for label, have in zip(labels, facts)]
+    rows = [
+        (label, name, have[name], want)
+        for name, want in first.items()
+        for label, have in zip(labels, facts)
+        if have[name] != want or want.trouble
+    ]
     broken = [f"{_about(label, name)} {have.trouble}" for label, name, have, _ in rows if have.trouble]
     raise_all(TypeError, "{count} tensors cannot be merged", broken)
-    shapes = [f"{_about(a, n)} is {h.shape}, {reference} is {w.shape}" for a, n, h, w in rows if h.shape != w.shape]
+    shapes = [f"{_about(a, n)} is {tuple(h.shape)}, {reference} is {tuple(w.shape)}" for a, n, h, w in rows if h.shape != w.shape]
     raise_all(ValueError, "{count} tensors differ in shape", shapes)
     devices = [f"{_about(a, n)} is on {h.device}, {reference} on {w.device}" for a, n, h, w in rows if h.device != w.device]
     raise_all(ValueError, "{count} tensors are on different devices", devices)
@@ -161,6 +188,18 @@ def check_alike(labels: Sequence[str], facts: Sequence[Mapping[str, Facts]]) -> 
         if h.dtype != w.dtype and not (h.dtype.is_floating_point and w.dtype.is_floating_point)
     ]
     raise_all(TypeError, "{count} tensors differ in their kind of dtype", kinds)
+    return {name for _, name, _, _ in rows}
+
+
+@dataclass
+class _Group:
+    """Tensors to merge together, and how many bytes of inputs more."""
+
+    jobs: list[Job]
+    room: float
+
+    def merged(self, merge: MergeMany) -> Iterator[tuple[str, Tensor]]:
+        return zip((job.name for job in self.jobs), merge(self.jobs))
 
 
 class Paired:
@@ -213,16 +252,18 @@ class Paired:
         self.count = len(models)
         self.kind = sources[0].kind
         self.names = sources[0].names
-        facts, firsts = zip(*(s.survey() for s in sources))
-        check_alike(labels, facts)
+        facts, tied = zip(*(s.survey() for s in sources))
+        differing = check_alike(labels, facts)
         self.facts = facts
-        # Tied in some models only is not tied: names belong together when every model's own first names agree.
-        groups: dict[tuple[str, ...], str] = {}
-        self.first_name = {n: groups.setdefault(tuple(first[n] for first in firsts), n) for n in self.names}
+        self.first_name = dict(zip(self.names, self.names))
+        if all(tied):
+            # Tied in some models only is not tied: names belong together when every model's own first names agree.
+            groups: dict[tuple[str, ...], str] = {}
+            self.first_name = {n: groups.setdefault(tuple(first.get(n, n) for first in tied), n) for n in self.names}
         floating = [n for n in self.names if facts[0][n].dtype.is_floating_point]
         self.merged = tuple(n for n in floating if self.first_name[n] == n)
-        self.dtypes = {n: common_dtype([f[n].dtype for f in facts]) for n in floating}
-        self.doubles = {n for n in floating if any(f[n].dtype == torch.float64 for f in facts)}
+        self.dtypes = {n: common_dtype([f[n].dtype for f in facts]) if n in differing else facts[0][n].dtype for n in floating}
+        self.doubles = {n for n, dtype in self.dtypes.items() if dtype is torch.float64}
         if nonfloat == "equal":
             self._require_equal([n for n in self.names if n not in self.dtypes])
 
@@ -256,17 +297,17 @@ class Paired:
         def merge_alone(jobs: Sequence[Job]) -> list[Tensor]:
             return [merge_one(job.name, job.base, job.models, job.dtype, job.out) for job in jobs]
 
-        return self.result_of_many(merge_alone, lambda device: False, dtype=dtype, out=out)
+        return self.result_of_many(merge_alone, lambda device: 0, dtype=dtype, out=out)
 
     def result_of_many(
-        self, merge: MergeMany, together: Callable[[torch.device], bool], *, dtype: torch.dtype | None = None, out: Any = None
+        self, merge: MergeMany, together: Callable[[torch.device], float], *, dtype: torch.dtype | None = None, out: Any = None
     ) -> Any:
-        """:meth:`result`, where `merge` takes lists: all tensors on devices that go `together`, others alone, one after the other."""
+        """:meth:`result`, where `merge` takes lists: of tensors on a device whose inputs are `together` bytes, or a little more."""
         if dtype is not None and dtype not in COMPUTED + WIDENED:
             raise TypeError(f"dtype is {dtype}; choose one of {', '.join(map(_word, COMPUTED + WIDENED))}")
         target = None if out is None else self.writable(out, "out", dtype)
         result: dict[str, Tensor] = {}
-        waiting: list[Job] = []
+        groups: dict[torch.device, _Group] = {}
         for name in self.names:
             if self.first_name[name] != name:
                 continue
@@ -274,15 +315,21 @@ class Paired:
             base, models = self.tensors(name)
             if name in self.dtypes:
                 job = Job(name, base, models, (dtype or self.dtypes[name]) if to is None else to.dtype, to)
-                if self.kind != "tensor" and together(self.facts[0][name].device):
-                    waiting.append(job)
-                else:
-                    (result[name],) = merge([job])
+                device = self.facts[0][name].device
+                if device not in groups:
+                    groups[device] = _Group([], 0 if self.kind == "tensor" else together(device))
+                group = groups[device]
+                group.jobs.append(job)
+                if group.room > 0:
+                    group.room -= len(self.sources) * models[0].nbytes
+                if group.room <= 0:
+                    result |= group.merged(merge)
+                    del groups[device]
             else:
                 value = models[0] if base is None else base
                 result[name] = value.clone() if to is None else to.copy_(value)
-        if waiting:
-            result |= zip((job.name for job in waiting), merge(waiting))
+        for group in groups.values():
+            result |= group.merged(merge)
         if target is None:
             return result[""] if self.kind == "tensor" else {name: result[self.first_name[name]] for name in self.names}
         for name, first in self.first_name.items():
@@ -311,7 +358,7 @@ class Paired:
         spans = sorted((*span(t), name) for name, t in kept.items() if t.numel())
         shared = []
         for name, t in kept.items():
-            if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride())):
+            if not t.is_contiguous() and any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride())):
                 shared.append(f"{_about(target.label, name)} is an expanded tensor: its elements share memory")
         for (_, end, one), (start, _, other) in zip(spans, spans[1:]):
             if start < end and not (self.first_name[one] == self.first_name[other] and span(kept[one]) == span(kept[other])):

@@ -173,12 +173,13 @@ typename L::Key MergeSpan(const MergeJob& job, Run<L>& run, bool direct, int64_t
   using Key = typename L::Key;
   Key largest = 0;
   KeepBlock keep;
+  const PhiloxKeys keys(job.seed);
   for (int64_t i = begin; i < end;) {
     const int64_t stop = end < (i / kBlock + 1) * kBlock ? end : (i / kBlock + 1) * kBlock;
     if constexpr (kSparsify == Sparsify::kBernoulli) {
       for (int m = 0; m < run.models; ++m) {
         for (int64_t w = 0; w * 64 < stop - i; ++w) {
-          keep.word[m][w] = KeepBits(job.seed, job.tensor_id, static_cast<uint32_t>(m), job.keep_below[m], job.in.first + i + w * 64);
+          keep.word[m][w] = KeepBits(keys, job.tensor_id, static_cast<uint32_t>(m), job.keep_below[m], job.in.first + i + w * 64);
         }
         keep.word[m][(stop - i + 63) / 64] = 0;
       }

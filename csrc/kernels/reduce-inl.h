@@ -78,8 +78,9 @@ inline void KeptPart(const MergeJob& job, int model, int64_t first, int64_t n, c
       for (int64_t i = 0; i < n; ++i) part[i] = larger[i] != R(0) ? R(0) : part[i];
     }
   } else {
+    const PhiloxKeys keys(job.seed);
     for (int64_t w = 0; w < n; w += 64) {
-      const uint64_t bits = KeepBits(job.seed, job.tensor_id, static_cast<uint32_t>(model), job.keep_below[model], job.in.first + first + w);
+      const uint64_t bits = KeepBits(keys, job.tensor_id, static_cast<uint32_t>(model), job.keep_below[model], job.in.first + first + w);
       for (int i = 0; i < 64; i += L::kLanes) L::Store(part + w + i, L::Where(L::FromBits(bits >> i), L::Load(magnitude + w + i)));
     }
   }

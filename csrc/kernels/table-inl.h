@@ -2,10 +2,12 @@
 #pragma once
 
 #include "kernels/diagnose-inl.h"
+#include "kernels/finite-inl.h"
 #include "kernels/kl-inl.h"
 #include "kernels/lerp-inl.h"
 #include "kernels/low_rank-inl.h"
 #include "kernels/merge-inl.h"
+#include "kernels/one_pass-inl.h"
 #include "kernels/reduce-inl.h"
 #include "kernels/select-inl.h"
 
@@ -13,7 +15,8 @@ namespace pymerge {
 namespace PYMERGE_TARGET {
 
 inline constexpr Kernels MakeTable(const char* name) {
-  return {name, Merge, Balance, Keys, Count, AbsSums, Dots, Lerp, KlForward, KlBackward, LowRank, Diagnose};
+  return {name, Merge, Balance, Keys, Count, MergeCounting, MergeElements, AbsSums,
+          Dots, Lerp, Finite, KlForward, KlBackward, LowRank, Diagnose};
 }
 
 }  // namespace PYMERGE_TARGET

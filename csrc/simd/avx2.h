@@ -81,6 +81,11 @@ struct Lanes {
   }
   static Mask Positive(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_GT_OQ); }
   static Mask Negative(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_LT_OQ); }
+  static Mask NotPositive(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_NGT_UQ); }
+  static Vec ToReal(Keys k) { return _mm256_cvtepi32_ps(k); }
+  static Mask NotFinite(Vec v) { return Greater(KeysOf(v), SetKey(0x7F7FFFFF)); }
+  static Vec XorBits(Vec a, Vec b) { return _mm256_xor_ps(a, b); }
+  static Vec SignWhere(Mask m) { return _mm256_and_ps(m, Set(-0.0f)); }
   static Mask IsZero(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_EQ_OQ); }
   static Mask Not(Mask m) { return _mm256_xor_ps(m, _mm256_castsi256_ps(_mm256_set1_epi32(-1))); }
   static Mask Or(Mask a, Mask b) { return _mm256_or_ps(a, b); }
@@ -101,6 +106,42 @@ struct Lanes {
     StoreKeys(p, _mm256_permutevar8x32_epi32(k, lanes));
     return _mm_popcnt_u32(bits);
   }
+  // Twice as many elements, in the order that costs least: which of them lane l of a half is, ElementOfBit says for bit half * kLanes + l.
+  // For bf16 the first half has the even ones and the second the odd ones, which are the low and high halves of 32-bit words.
+  struct InOrder {
+    Vec half[2];
+  };
+  struct Interleaved {
+    Keys words;
+  };
+  template <class T>
+  using Pair = std::conditional_t<std::is_same_v<T, Bf16>, Interleaved, InOrder>;
+  template <class T>
+  static InOrder LoadPair(const T* p) {
+    return {{Load(p), Load(p + kLanes)}};
+  }
+  static Vec Half(const InOrder& pair, int half) { return pair.half[half]; }
+  template <class T>
+  static void StorePair(T* p, Vec first, Vec second) {
+    Store(p, first);
+    Store(p + kLanes, second);
+  }
+  template <class T>
+  static void StreamPair(T* p, Vec first, Vec second) {
+    Stream(p, first);
+    Stream(p + kLanes, second);
+  }
+  template <class T>
+  static int ElementOfBit(int bit) {
+    return std::is_same_v<T, Bf16> ? 2 * (bit % kLanes) + bit / kLanes : bit;
+  }
+  static Interleaved LoadPair(const Bf16* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static Vec Half(const Interleaved& pair, int half) {
+    return _mm256_castsi256_ps(half ? _mm256_and_si256(pair.words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))) : _mm256_slli_epi32(pair.words, 16));
+  }
+  // Not for NaN.
+  static void StorePair(Bf16* p, Vec even, Vec odd) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), PackPair(even, odd)); }
+  static void StreamPair(Bf16* p, Vec even, Vec odd) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), PackPair(even, odd)); }
   static void Fence() { _mm_sfence(); }
 
  private:
@@ -112,6 +153,15 @@ struct Lanes {
     const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
     return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   }
+  // Rounded, in the high half of each word.
+  static __m256i RoundToHigh(Vec v) {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7FFF));
+  }
+  static __m256i PackPair(Vec even, Vec odd) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(RoundToHigh(even), 16), RoundToHigh(odd), 0xAA);
+  }
   static __m128i Pack(const F16*, Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 
@@ -120,17 +170,23 @@ struct Words {
   using Vec = __m256i;
   static constexpr int kLanes = 4;
   static Vec Set(uint64_t x) { return _mm256_set1_epi64x(static_cast<int64_t>(x)); }
-  static Vec Iota(uint64_t first) { return _mm256_add_epi64(Set(first), _mm256_setr_epi64x(0, 1, 2, 3)); }
+  // first, first + 1, ...: lane 2 l has the l-th, lane 2 l + 1 the one two after it, as Below unpacks them.
+  static Vec Counters(uint64_t first) { return _mm256_add_epi64(Set(first), _mm256_setr_epi64x(0, 2, 1, 3)); }
   static Vec MulLow(Vec a, Vec b) { return _mm256_mul_epu32(a, b); }
   static Vec High(Vec a) { return _mm256_srli_epi64(a, 32); }
   static Vec Xor(Vec a, Vec b, Vec c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-  static uint32_t Below(Vec a, Vec bound) {
-    const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u));  // signed compare of flipped words is an unsigned one
-    const __m256i below = _mm256_cmpgt_epi32(_mm256_xor_si256(bound, sign), _mm256_xor_si256(a, sign));
-    return _pext_u32(static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(below))), 0x55u);
+  static Vec Xor(Vec a, Vec b) { return _mm256_xor_si256(a, b); }
+  // Bit 4 l + j: word j of the l-th counter is below every word of `bound`.
+  static uint64_t Below(Vec c0, Vec c1, Vec c2, Vec c3, Vec bound) {
+    const Vec c01 = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA), c23 = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
+    return LessMask(_mm256_unpacklo_epi64(c01, c23), bound) | LessMask(_mm256_unpackhi_epi64(c01, c23), bound) << 8;
   }
-  static uint64_t Interleave(const uint32_t masks[4]) {
-    return _pdep_u32(masks[0], 0x1111u) | _pdep_u32(masks[1], 0x2222u) | _pdep_u32(masks[2], 0x4444u) | _pdep_u32(masks[3], 0x8888u);
+
+ private:
+  static uint32_t LessMask(Vec a, Vec b) {
+    const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u));  // signed compare of flipped words is an unsigned one
+    const __m256i less = _mm256_cmpgt_epi32(_mm256_xor_si256(b, sign), _mm256_xor_si256(a, sign));
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(less)));
   }
 };
 

@@ -58,6 +58,11 @@ struct Lanes {
   static int64_t ReduceAdd(Keys k) { return _mm512_reduce_add_epi32(k); }
   static Mask Positive(Vec v) { return _mm512_cmp_ps_mask(v, Zero(), _CMP_GT_OQ); }
   static Mask Negative(Vec v) { return _mm512_cmp_ps_mask(v, Zero(), _CMP_LT_OQ); }
+  static Mask NotPositive(Vec v) { return _mm512_cmp_ps_mask(v, Zero(), _CMP_NGT_UQ); }
+  static Vec ToReal(Keys k) { return _mm512_cvtepi32_ps(k); }
+  static Mask NotFinite(Vec v) { return _mm512_fpclass_ps_mask(v, 0x99); }
+  static Vec XorBits(Vec a, Vec b) { return _mm512_xor_ps(a, b); }
+  static Vec SignWhere(Mask m) { return _mm512_maskz_mov_ps(m, Set(-0.0f)); }
   static Mask IsZero(Vec v) { return _mm512_cmp_ps_mask(v, Zero(), _CMP_EQ_OQ); }
   static Mask Not(Mask m) { return static_cast<Mask>(~m); }
   static Mask Or(Mask a, Mask b) { return static_cast<Mask>(a | b); }
@@ -74,6 +79,42 @@ struct Lanes {
     _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, k));
     return _mm_popcnt_u32(m);
   }
+  // Twice as many elements, in the order that costs least: which of them lane l of a half is, ElementOfBit says for bit half * kLanes + l.
+  // For bf16 the first half has the even ones and the second the odd ones, which are the low and high halves of 32-bit words.
+  struct InOrder {
+    Vec half[2];
+  };
+  struct Interleaved {
+    Keys words;
+  };
+  template <class T>
+  using Pair = std::conditional_t<std::is_same_v<T, Bf16>, Interleaved, InOrder>;
+  template <class T>
+  static InOrder LoadPair(const T* p) {
+    return {{Load(p), Load(p + kLanes)}};
+  }
+  static Vec Half(const InOrder& pair, int half) { return pair.half[half]; }
+  template <class T>
+  static void StorePair(T* p, Vec first, Vec second) {
+    Store(p, first);
+    Store(p + kLanes, second);
+  }
+  template <class T>
+  static void StreamPair(T* p, Vec first, Vec second) {
+    Stream(p, first);
+    Stream(p + kLanes, second);
+  }
+  template <class T>
+  static int ElementOfBit(int bit) {
+    return std::is_same_v<T, Bf16> ? 2 * (bit % kLanes) + bit / kLanes : bit;
+  }
+  static Interleaved LoadPair(const Bf16* p) { return {_mm512_loadu_si512(p)}; }
+  static Vec Half(const Interleaved& pair, int half) {
+    return _mm512_castsi512_ps(half ? _mm512_and_si512(pair.words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))) : _mm512_slli_epi32(pair.words, 16));
+  }
+  // Not for NaN.
+  static void StorePair(Bf16* p, Vec even, Vec odd) { _mm512_storeu_si512(p, PackPair(even, odd)); }
+  static void StreamPair(Bf16* p, Vec even, Vec odd) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), PackPair(even, odd)); }
   static void Fence() { _mm_sfence(); }
 
  private:
@@ -85,6 +126,15 @@ struct Lanes {
     const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
   }
+  // Rounded, in the high half of each word.
+  static __m512i RoundToHigh(Vec v) {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7FFF));
+  }
+  static __m512i PackPair(Vec even, Vec odd) {
+    return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(RoundToHigh(even), 16), RoundToHigh(odd));
+  }
   static __m256i Pack(const F16*, Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 
@@ -93,16 +143,18 @@ struct Words {
   using Vec = __m512i;
   static constexpr int kLanes = 8;
   static Vec Set(uint64_t x) { return _mm512_set1_epi64(static_cast<int64_t>(x)); }
-  static Vec Iota(uint64_t first) { return _mm512_add_epi64(Set(first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)); }
+  // first, first + 1, ...: lane 2 l has the l-th, lane 2 l + 1 the one four after it, as Below unpacks them.
+  static Vec Counters(uint64_t first) { return _mm512_add_epi64(Set(first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7)); }
   static Vec MulLow(Vec a, Vec b) { return _mm512_mul_epu32(a, b); }
   static Vec High(Vec a) { return _mm512_srli_epi64(a, 32); }
   static Vec Xor(Vec a, Vec b, Vec c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
-  // Bit l: the low word of lane l is below `bound`, a vector of words.
-  static uint32_t Below(Vec a, Vec bound) { return _pext_u32(_mm512_cmplt_epu32_mask(a, bound), 0x5555u); }
-  // Bits 0..kLanes-1 of four masks, interleaved: bit 4 l + j is bit l of masks[j].
-  static uint64_t Interleave(const uint32_t masks[4]) {
-    return _pdep_u32(masks[0], 0x11111111u) | _pdep_u32(masks[1], 0x22222222u) | _pdep_u32(masks[2], 0x44444444u) |
-           _pdep_u32(masks[3], 0x88888888u);
+  static Vec Xor(Vec a, Vec b) { return _mm512_xor_si512(a, b); }
+  // Bit 4 l + j: word j of the l-th counter is below every word of `bound`.
+  static uint64_t Below(Vec c0, Vec c1, Vec c2, Vec c3, Vec bound) {
+    const Vec c01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, _MM_PERM_CCAA), c23 = _mm512_mask_shuffle_epi32(c2, 0xAAAA, c3, _MM_PERM_CCAA);
+    const uint32_t low = _mm512_cmplt_epu32_mask(_mm512_unpacklo_epi64(c01, c23), bound);
+    const uint32_t high = _mm512_cmplt_epu32_mask(_mm512_unpackhi_epi64(c01, c23), bound);
+    return low | high << 16;
   }
 };
 

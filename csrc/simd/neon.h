@@ -60,6 +60,11 @@ struct Lanes {
   static int64_t ReduceAdd(Keys k) { return vaddlvq_s32(k); }
   static Mask Positive(Vec v) { return vcgtq_f32(v, Zero()); }
   static Mask Negative(Vec v) { return vcltq_f32(v, Zero()); }
+  static Mask NotPositive(Vec v) { return Not(Positive(v)); }
+  static Vec ToReal(Keys k) { return vcvtq_f32_s32(k); }
+  static Mask NotFinite(Vec v) { return Greater(KeysOf(v), SetKey(0x7F7FFFFF)); }
+  static Vec XorBits(Vec a, Vec b) { return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b))); }
+  static Vec SignWhere(Mask m) { return vreinterpretq_f32_u32(vandq_u32(m, vdupq_n_u32(0x80000000u))); }
   static Mask IsZero(Vec v) { return vceqq_f32(v, Zero()); }
   static Mask Not(Mask m) { return vmvnq_u32(m); }
   static Mask Or(Mask a, Mask b) { return vorrq_u32(a, b); }
@@ -89,6 +94,31 @@ struct Lanes {
       count += set[i] & 1;
     }
     return count;
+  }
+  // Twice as many elements, in the order that costs least: which of them lane l of a half is, ElementOfBit says for bit half * kLanes + l.
+  struct InOrder {
+    Vec half[2];
+  };
+  template <class T>
+  using Pair = InOrder;
+  template <class T>
+  static InOrder LoadPair(const T* p) {
+    return {{Load(p), Load(p + kLanes)}};
+  }
+  static Vec Half(const InOrder& pair, int half) { return pair.half[half]; }
+  template <class T>
+  static void StorePair(T* p, Vec first, Vec second) {
+    Store(p, first);
+    Store(p + kLanes, second);
+  }
+  template <class T>
+  static void StreamPair(T* p, Vec first, Vec second) {
+    Stream(p, first);
+    Stream(p + kLanes, second);
+  }
+  template <class T>
+  static int ElementOfBit(int bit) {
+    return bit;
   }
   static void Fence() {}
 };

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace pymerge {
 namespace PYMERGE_TARGET {
@@ -141,6 +142,11 @@ struct ScalarLanes {
   static int64_t ReduceAdd(Keys k) { return k; }
   static Mask Positive(Vec v) { return v > R(0); }
   static Mask Negative(Vec v) { return v < R(0); }
+  static Mask NotPositive(Vec v) { return !(v > R(0)); }
+  static Vec ToReal(Keys k) { return static_cast<R>(k); }
+  static Mask NotFinite(Vec v) { return KeysOf(v) >= KeyOf<R>::kInfinity; }
+  static Vec XorBits(Vec a, Vec b) { return BitCast<Vec>(BitCast<Key>(a) ^ BitCast<Key>(b)); }
+  static Vec SignWhere(Mask m) { return m ? R(-0.0) : R(0); }
   static Mask IsZero(Vec v) { return v == R(0); }
   static Mask Not(Mask m) { return !m; }
   static Mask Or(Mask a, Mask b) { return a || b; }
@@ -156,6 +162,31 @@ struct ScalarLanes {
   static int Compress(Key* p, Mask m, Keys k) {
     *p = k;
     return m;
+  }
+  // Twice as many elements, in the order that costs least: which of them lane l of a half is, ElementOfBit says for bit half * kLanes + l.
+  struct InOrder {
+    Vec half[2];
+  };
+  template <class T>
+  using Pair = InOrder;
+  template <class T>
+  static InOrder LoadPair(const T* p) {
+    return {{Load(p), Load(p + kLanes)}};
+  }
+  static Vec Half(const InOrder& pair, int half) { return pair.half[half]; }
+  template <class T>
+  static void StorePair(T* p, Vec first, Vec second) {
+    Store(p, first);
+    Store(p + kLanes, second);
+  }
+  template <class T>
+  static void StreamPair(T* p, Vec first, Vec second) {
+    Stream(p, first);
+    Stream(p + kLanes, second);
+  }
+  template <class T>
+  static int ElementOfBit(int bit) {
+    return bit;
   }
   static void Fence() {}
 };

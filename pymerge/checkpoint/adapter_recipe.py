@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from ..recipe.locate import existing_paths
 from ..recipe.problems import Problems, RecipeError, did_you_mean
 from ..recipe.source import Source, read_source
+from .dtypes import check_dtype
 from .lora.config import CONFIG
+from .provenance import FILE_NAME
 
 if TYPE_CHECKING:
+    from .lora.job import MergeJob
     from .merge import MergeReport
 
-__all__ = ["is_adapter_recipe", "merge_adapter_recipe"]
+__all__ = ["adapter_arguments", "adapters_planned", "is_adapter_recipe", "merge_adapter_recipe", "raised_as_problems"]
 
 KEYS = ("merge_method", "models", "parameters", "dtype", "out_dtype")
-OWN = ("weight", "rank", "energy", "on")
+OWN = ("weight", "rank", "energy", "on", "any_base")
 """Parameters of merging adapters itself; all others are the method's."""
 
 
@@ -52,18 +56,25 @@ def _folder(text: Any, folder: FilePath | None) -> FilePath | None:
 
 
 def merge_adapter_recipe(
-    recipe: str | os.PathLike | Mapping, out: str | os.PathLike, *, dtype: str | None = None, seed: int | None = None, force: bool = False
+    recipe: str | os.PathLike | Mapping,
+    out: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Merge the adapters that a recipe names, see :func:`pymerge.merge_adapters`.
 
     The recipe has ``merge_method`` ("cat", "svd" or any other), ``models``, ``dtype`` of the result, and ``parameters``: ``weight`` (per
-    model too), ``rank``, ``energy``, ``on``, and those of the method. Values are plain: no gradients, no filters.
+    model too), ``rank``, ``energy``, ``on``, ``any_base``, and those of the method. Values are plain: no gradients, no filters.
 
     Args:
         recipe: for which :func:`is_adapter_recipe` holds.
         out: folder to make.
         dtype, seed: override the recipe's.
         force: replace an existing `out`.
+        progress: see :func:`pymerge.merge_adapters`.
 
     Raises:
         RecipeError: with everything that is wrong with the recipe.
@@ -75,6 +86,57 @@ def merge_adapter_recipe(
     began = time.perf_counter()
     source = read_source(recipe)
     problems = Problems(source.label, source.lines)
+    with raised_as_problems(problems, out):
+        report = merge_adapters(out=out, force=force, progress=progress, **adapter_arguments(source, problems, dtype=dtype, seed=seed))
+    files = tuple(report.out / name for name in ("adapter_model.safetensors", CONFIG, FILE_NAME, "README.md"))
+    seconds = time.perf_counter() - began
+    return MergeReport(report.out, files, 2 * len(report.ranks), report.bytes_read, report.nbytes, seconds, report.warnings)
+
+
+@contextmanager
+def adapters_planned(
+    recipe: str | os.PathLike | Mapping, out: FilePath | None, *, dtype: str | None = None, seed: int | None = None, force: bool = False
+) -> Iterator[MergeJob]:
+    """What :func:`merge_adapter_recipe` would do: its job, with every check made that can be made without reading a tensor.
+
+    Raises:
+        RecipeError, CheckpointError: it would not do it.
+    """
+    from .lora.job import open_job
+    from .lora.save import check_place
+
+    source = read_source(recipe)
+    problems = Problems(source.label, source.lines)
+    with raised_as_problems(problems, out):
+        arguments = adapter_arguments(source, problems, dtype=dtype, seed=seed)
+        check_dtype(arguments.pop("dtype"))
+        with open_job(**arguments) as job:
+            if out is not None:
+                check_place(out.absolute(), force, job.adapters)
+            yield job
+
+
+@contextmanager
+def raised_as_problems(problems: Problems, out: str | os.PathLike | None) -> Iterator[None]:
+    """What is wrong with a recipe's values, or with `out`, is raised as a RecipeError."""
+    try:
+        yield
+    except (ValueError, FileExistsError) as error:
+        if type(error) not in (ValueError, FileExistsError):  # CheckpointError and NonFiniteError speak for themselves
+            raise
+        if isinstance(error, FileExistsError):
+            problems.add_elsewhere(str(out), str(error).partition(": ")[2] or str(error))
+        else:
+            problems.add(("parameters",), str(error))
+        problems.raise_if_any()
+
+
+def adapter_arguments(source: Source, problems: Problems, *, dtype: str | None = None, seed: int | None = None) -> dict[str, Any]:
+    """The arguments of :func:`pymerge.merge_adapters`, but for `out` and `force`, that a recipe stands for.
+
+    Raises:
+        RecipeError: with everything that is wrong with it.
+    """
     data = source.data
     for key in data:
         if key not in KEYS:
@@ -91,23 +153,13 @@ def merge_adapter_recipe(
     problems.raise_if_any()
     weights = parameters.pop("weight", None)
     own = {key: parameters.pop(key) for key in OWN if key in parameters}
-    asked = dtype or data.get("out_dtype") or data.get("dtype")
-    try:
-        report = merge_adapters(
-            _folders(source), out, method=method, weights=weights, parameters=parameters, dtype=asked, force=force, **own
-        )
-    except (ValueError, FileExistsError) as error:
-        if type(error) not in (ValueError, FileExistsError):  # CheckpointError and NonFiniteError speak for themselves
-            raise
-        if isinstance(error, FileExistsError):
-            problems.add_elsewhere(str(out), str(error).partition(": ")[2] or str(error))
-        else:
-            problems.add(("parameters",), str(error))
+    any_base = own.pop("any_base", False)
+    if not isinstance(any_base, bool):
+        problems.add(("parameters", "any_base"), f"is {any_base!r}, neither true nor false")
         problems.raise_if_any()
-        raise
-    files = tuple(report.out / name for name in ("adapter_model.safetensors", CONFIG, "README.md"))
-    seconds = time.perf_counter() - began
-    return MergeReport(report.out, files, 2 * len(report.ranks), report.bytes_read, report.nbytes, seconds, report.warnings)
+    asked = dtype or data.get("out_dtype") or data.get("dtype")
+    settings = {"method": method, "weights": weights, "parameters": parameters, "dtype": asked, "check_base": not any_base}
+    return {"adapters": _folders(source), **settings, **own}
 
 
 def _parameters(data: Mapping, problems: Problems) -> dict[str, Any]:

@@ -346,7 +346,7 @@ def _configs(
             lost = set_special_ids(config, theirs, lambda number: tokenizer.ids.get(texts.get(number, "")))
             if lost:
                 problems.warn(
-                    place, f"{name}: {', '.join(lost)} of {donor.name} is null now: the tokenizer of {source.folder} has no such token"
+                    place, f"{name}: {', '.join(lost)} of {donor.name} is null now: the tokenizer that the output gets has no such token"
                 )
     if "config.json" in configs and size != donor.rows:
         set_vocab_size(configs["config.json"], donor.rows, size)

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import os
 
+from .available import memory_left
+
 __all__ = ["LEAST_MEMORY", "default_memory"]
 
 LEAST_MEMORY = 64 * 2**20
 """The smallest budget: below it slices get so short that reading them is slow."""
 
+MOST_BY_DEFAULT = 4 * 10**9
+"""The budget where none is given, at most. More makes nothing faster but methods that need whole tensors of gigabytes."""
+
 
 def default_memory() -> int:
-    """The budget where none is given: 4 GB, or a quarter of the machine's memory where that is less."""
+    """The budget where none is given: 4 GB, or a quarter of the machine's memory or of what a container's limit leaves, if that is less."""
+    there = [MOST_BY_DEFAULT * 4]
     try:
-        quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        there.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):  # a system that does not say
-        return 4 * 10**9
-    return max(LEAST_MEMORY, min(4 * 10**9, quarter))
+        pass
+    left = memory_left()
+    if left is not None:
+        there.append(left)
+    return max(LEAST_MEMORY, min(there) // 4)

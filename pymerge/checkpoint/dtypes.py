@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BITS", "CHOICES", "MERGED", "NAMES", "code_of", "is_merged", "name_of", "parse_dtype", "promote", "torch_dtype"]
+__all__ = ["BITS", "CHOICES", "MERGED", "NAMES", "check_dtype", "code_of", "is_merged", "name_of", "parse_dtype", "promote", "torch_dtype"]
 
 BITS: dict[str, int] = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
@@ -43,6 +43,18 @@ def name_of(code: str) -> str:
 def parse_dtype(text: str) -> str | None:
     """Code of a dtype as people write it ("bfloat16" or "torch.bfloat16"), None when it is not one that a merge can have."""
     return _CHOSEN.get(text.removeprefix("torch."))
+
+
+def check_dtype(dtype: str | torch.dtype | None) -> str | None:
+    """Code of a dtype that was asked for; None for none.
+
+    Raises:
+        ValueError: it is not one that a merge can have.
+    """
+    code = None if dtype is None else parse_dtype(str(dtype))
+    if dtype is not None and code is None:
+        raise ValueError(f"dtype {dtype!r} is not a dtype; choose {', '.join(CHOICES)}")
+    return code
 
 
 def torch_dtype(code: str) -> torch.dtype:

@@ -18,7 +18,10 @@ from .sizes import format_bytes
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
-__all__ = ["COPIED", "CardInput", "config_with_dtype", "files_to_copy", "model_card", "read_config", "read_json", "to_json"]
+__all__ = [
+    "COPIED", "SAME_WEIGHTS", "CardInput", "card", "config_with_dtype", "files_to_copy", "is_hub_name", "model_card", "read_config",
+    "read_json", "to_json",
+]  # fmt: skip
 
 MAX_BYTES = 200_000_000
 
@@ -101,6 +104,11 @@ def _set_dtype(config: dict[str, Any], name: str) -> bool:
     return changed
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a model card may call this a model on the hub."""
+    return bool(_HUB_ID.fullmatch(name))
+
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -129,22 +137,33 @@ def model_card(recipe: Recipe, title: str, inputs: Sequence[CardInput], transfor
     The same arguments give the same text: no dates, no paths but those of the recipe.
     """
     # A path on somebody's disk is no model's name on the hub.
-    on_hub = [name for name in dict.fromkeys(i.name for i in inputs) if _HUB_ID.fullmatch(name)]
-    front = ["---", *(["library_name: transformers"] if transformers else [])]
+    on_hub = [name for name in dict.fromkeys(i.name for i in inputs) if is_hub_name(name)]
+    front = ["library_name: transformers"] if transformers else []
     if on_hub:
         front += ["base_model:", *(f"- {name}" for name in on_hub), "base_model_relation: merge"]
-    front += ["tags:", "- merge", "- pymerge", "---"]
-    text = recipe.to_yaml()
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    lines = [
-        *front, "", f"# {_one_line(title)}", "",
-        f"Merged by the method `{recipe.merge_method}` with pymerge {__version__} from:", "",
-        *_input_table(inputs), "",
-        "## Recipe", "", f"{fence}yaml", text.rstrip("\n"), fence, "",
-        "## Do it again", "",
-        "With the recipe in a file `recipe.yml` and the same models, this makes the same weights, bit for bit:", "",
-        "```sh", f"pip install pymerge-kernels=={__version__}", "pymerge merge recipe.yml OUT", "```", "",
-    ]  # fmt: skip
+    front += ["tags:", "- merge", "- pymerge"]
+    intro = f"Merged by the method `{recipe.merge_method}` with pymerge {__version__} from:"
+    return card(front, title, intro, inputs, recipe.to_yaml(), SAME_WEIGHTS, "pymerge merge recipe.yml OUT")
+
+
+SAME_WEIGHTS = "With the recipe in a file `recipe.yml` and the same models, this makes the same weights, bit for bit:"
+
+
+def card(front: Sequence[str], title: str, intro: str, inputs: Sequence[CardInput], recipe: str | None, again: str, command: str) -> str:
+    """A README.md.
+
+    Args:
+        front: lines of the front matter.
+        title: its heading.
+        intro: what the table of `inputs` is about.
+        recipe: YAML text, if there is one.
+        again: what `command` does.
+    """
+    lines = ["---", *front, "---", "", f"# {_one_line(title)}", "", intro, "", *_input_table(inputs), ""]
+    if recipe is not None:
+        fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", recipe)), default=0))
+        lines += ["## Recipe", "", f"{fence}yaml", recipe.rstrip("\n"), fence, ""]
+    lines += ["## Do it again", "", again, "", "```sh", f"pip install pymerge-kernels=={__version__}", command, "```", ""]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from .format import MAX_HEADER_BYTES, CheckpointError, load_json, open_regular
 from .links import check_link
 
-__all__ = ["Layout", "find_files"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "Layout", "adapter_weights", "find_files", "only_adapter"]
 
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -17,7 +17,8 @@ PICKLED_SINGLE = "pytorch_model.bin"
 PICKLED_INDEX_SUFFIX = ".bin.index.json"
 PICKLED = (".bin", ".pt", ".pth")
 
-ADAPTER = frozenset(("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"))
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 BESIDE = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state.pth")
 """What a Trainer leaves in a model folder that is not the model."""
@@ -63,16 +64,40 @@ def find_files(path: Path) -> Layout:
     raise CheckpointError(f"{path}: is neither a .safetensors, .bin, .pt or .pth file nor a folder with a checkpoint")
 
 
+def only_adapter(path: Path) -> bool:
+    """Whether a path is a folder with an adapter and no model."""
+    return path.is_dir() and _is_adapter_alone({entry.name for entry in path.iterdir()})
+
+
 def _in_folder(folder: Path) -> Layout:
     names = sorted(entry.name for entry in folder.iterdir())
-    if ADAPTER & set(names) and not {SINGLE, SINGLE + ".index.json", PICKLED_SINGLE, PICKLED_SINGLE + ".index.json"} & set(names):
+    if _is_adapter_alone(set(names)):
         raise CheckpointError(f"{folder}: is a LoRA adapter, not a model; name it together with its model (in a recipe: model+adapter)")
     found = _one_kind(folder, names, SINGLE, INDEX_SUFFIX, (".safetensors",), pickled=False) or _one_kind(
         folder, [name for name in names if name not in BESIDE], PICKLED_SINGLE, PICKLED_INDEX_SUFFIX, PICKLED, pickled=True
     )
     if found is None:
-        raise CheckpointError(f"{folder}: holds no {SINGLE}, no *{INDEX_SUFFIX} and no {PICKLED_SINGLE}")
+        raise CheckpointError(
+            f"{folder}: holds no {SINGLE}, no *{INDEX_SUFFIX} and no {PICKLED_SINGLE}; name the folder, or the file, that has the weights"
+        )
     return found
+
+
+def _is_adapter_alone(names: set[str]) -> bool:
+    models = {SINGLE, SINGLE + ".index.json", PICKLED_SINGLE, PICKLED_SINGLE + ".index.json"}
+    return bool({ADAPTER_CONFIG, *ADAPTER_WEIGHTS} & names) and not models & names
+
+
+def adapter_weights(folder: Path) -> Path | None:
+    """The file with the weights of the adapter that a folder holds, None when it holds none.
+
+    Raises:
+        CheckpointError: it is a link out of the folder.
+    """
+    file = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).exists()), None)
+    if file is not None:
+        check_link(file)
+    return file
 
 
 def _one_kind(folder: Path, names: list[str], single: str, index_suffix: str, suffixes: tuple[str, ...], *, pickled: bool) -> Layout | None:

@@ -15,14 +15,17 @@ import torch
 from .. import ops
 from ..recipe.schema import Recipe
 from .adapter_recipe import is_adapter_recipe, merge_adapter_recipe
+from .beside import card_of, extra_files
+from .budget import default_memory
 from .device import Device, choose_device
-from .extras import CardInput, config_with_dtype, files_to_copy, model_card, read_small
 from .failures import DeviceError, MergeError
 from .format import CheckpointError, InputChangedError
 from .inputs import Hashes, InputFiles
 from .many import plan_merges
+from .memory import Schedule
 from .merger import TensorMerger
 from .meter import Meter
+from .notes import add_note
 from .pipeline import run
 from .plan import Plan
 from .provenance import FILE_NAME, provenance
@@ -31,10 +34,7 @@ from .sizes import parse_bytes
 from .target import is_file_target
 from .writer import CheckpointWriter
 
-__all__ = ["DeviceError", "MergeError", "MergeReport", "merge", "run_plan"]
-
-TITLE = "Merged model"
-"""Of the model card: not the output's name, because the same merge writes the same files wherever it writes them."""
+__all__ = ["DeviceError", "MergeError", "MergeReport", "merge", "run_plan", "usable_schedule"]
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,10 @@ def merge(
         progress: called as ``progress(bytes_done, bytes_total)`` while merging.
         threads: that compute (by default torch's number) and that read files (by default one per CPU, at most 4).
         seed: overrides the recipe's, for methods that drop at random.
-        memory: budget in bytes, or "2GB", for tensors on their way and what methods gather about them; at least 64 MiB, by default 4 GB or
-            a quarter of the machine's memory, whichever is less. Python and torch take about 300 MB besides. Tensors that do not fit are
-            merged in slices; a method that knows none (one of your own, say) gets them whole all the same, with a warning.
+        memory: budget in bytes, or "2GB", for tensors on their way and what methods gather about them; at least 64 MiB, by default 4 GB, a
+            quarter of the machine's memory or a quarter of what a container's limit leaves, whichever is the least. Python and torch take
+            about 300 MB besides. Tensors that do not fit are merged in slices; a method that knows none (one of your own, say) gets them
+            whole all the same, with a warning.
         device: a GPU to merge on ("cuda", "cuda:1"); by default the CPU. Tensors are read into pinned memory, and copied there and back
             while others are merged.
         device_memory: budget on the device, for the same; by default as much as `memory`, but no more than nine tenths of what is free.
@@ -133,7 +134,7 @@ def merge(
     if is_adapter_recipe(recipe):
         if chosen is not None:
             raise MergeError("adapters are merged with each other on the CPU only; leave --device (device=) out")
-        return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force)
+        return merge_adapter_recipe(recipe, out, dtype=_text(out_dtype) or _text(dtype), seed=seed, force=force, progress=progress)
     options = {"shard_size": parse_bytes(shard_size), "dtype": _text(dtype), "out_dtype": _text(out_dtype), "seed": seed}
     report = None
     for place, plan in plan_merges(recipe, out, force=force, resume=resume, download=download, **options):
@@ -150,6 +151,19 @@ def merge(
 
 def _text(dtype: str | torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype)
+
+
+def usable_schedule(plan: Plan, memory: int | None, device: Device | None = None) -> Schedule:
+    """The schedule of a plan, when this machine, the environment's settings and the budget allow it.
+
+    Raises:
+        MergeError: they do not.
+    """
+    try:
+        ops.require_backend(torch.device("cpu") if device is None else device.device)
+        return plan.schedule(memory, device=device)
+    except (ImportError, ValueError) as error:
+        raise MergeError(str(error)) from error
 
 
 def run_plan(
@@ -169,15 +183,12 @@ def run_plan(
     """Carry out a plan made for `out`; arguments and errors as :func:`merge` has them. `meter` is told what each stage does."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; at least one has to read")
-    try:
-        ops.require_backend(torch.device("cpu") if device is None else device.device)
-        plan.schedule(memory, device=device)  # what is wrong with the budget is said before anything is written
-    except (ImportError, ValueError) as error:
-        raise MergeError(str(error)) from error
+    memory = default_memory() if memory is None else memory  # once: what is left in a container may change
+    usable_schedule(plan, memory, device)
     began = time.perf_counter()
     out = Path(out).absolute()
     single = is_file_target(out)
-    extras = {} if single else _extra_files(plan)
+    extras = {} if single else extra_files(plan)
     inputs = InputFiles(plan.checkpoints)
     with CheckpointWriter(out, plan.layout, force=force, resume=resume, description=describe(plan, inputs, extras)) as writer:
         resumed = len(writer.done)
@@ -190,13 +201,15 @@ def run_plan(
                 inputs.check()
                 if not single:
                     extras[FILE_NAME] = provenance(plan, digests)
-                    extras["README.md"] = _model_card(plan, "config.json" in extras, digests)
+                    extras["README.md"] = card_of(plan, "config.json" in extras, digests)
                     for name, content in extras.items():
                         writer.add_file(name, content)
                 writer.commit()
             except BaseException as error:
                 if _worth_resuming(error, inputs):
-                    _add_note(error, writer.keep())
+                    kept = writer.keep()
+                    if kept is not None:
+                        add_note(error, kept)
                 else:
                     writer.discard()
                 raise
@@ -239,11 +252,6 @@ def _worth_resuming(error: BaseException, inputs: InputFiles) -> bool:
     return not isinstance(error, InputChangedError)
 
 
-def _add_note(error: BaseException, note: str | None) -> None:
-    if note is not None:
-        error.__notes__ = [*getattr(error, "__notes__", ()), note]  # what add_note of Python 3.11 does
-
-
 @contextmanager
 def _compute_threads(count: int | None):
     before = torch.get_num_threads()
@@ -253,37 +261,3 @@ def _compute_threads(count: int | None):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _extra_files(plan: Plan) -> dict[str, bytes]:
-    content = {path.name: read_small(path) for path in files_to_copy(plan.donor)}
-    if plan.alignment is not None:
-        content = plan.alignment.replace(content)
-    plan.changes.apply(content)
-    if "config.json" in content:
-        content["config.json"] = config_with_dtype(content["config.json"], _main_dtype(plan))
-    content["README.md"] = _model_card(plan, "config.json" in content, {})
-    return content
-
-
-def _model_card(plan: Plan, transformers: bool, digests: Mapping[Path, str]) -> bytes:
-    inputs = [
-        CardInput(
-            name,
-            index in plan.bases,
-            store.nbytes,
-            tuple(sorted({info.dtype for info in store.tensors.values()})),
-            tuple((file.name, digests[file]) for file in store.files if file in digests),
-        )
-        for index, (name, store) in enumerate(zip(plan.names, plan.checkpoints, strict=True))
-    ]
-    return model_card(plan.recipe, TITLE, inputs, transformers).encode()
-
-
-def _main_dtype(plan: Plan) -> str:
-    """The dtype of most of the output's bytes."""
-    sizes: dict[str, int] = {}
-    for tensor in plan.tensors:
-        if not tensor.copied:
-            sizes[tensor.output.dtype] = sizes.get(tensor.output.dtype, 0) + tensor.output.nbytes
-    return max(sizes, key=lambda code: (sizes[code], code)) if sizes else "F32"

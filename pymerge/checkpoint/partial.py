@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .journal import Journal
+from .notes import naming
 from .rename import exchange, sync_folder
 
 __all__ = ["OutputInUseError", "Partial", "partial_of", "peek"]
@@ -103,6 +104,8 @@ class Partial:
             records = self.journal.load()
             if not records or "begun" not in records[0]:
                 others = [entry.name for entry in self.folder.iterdir() if entry.name != JOURNAL]
+                if others and (self.folder / JOURNAL).stat().st_size:
+                    raise FileExistsError(f"{self.folder}: cannot be continued, its {JOURNAL} is damaged; remove it to start over")
                 if others:
                     raise FileExistsError(f"{self.folder}: is not an unfinished output of pymerge (it holds {others[0]!r}); move it away")
                 sync_folder(self.folder)
@@ -140,7 +143,8 @@ class Partial:
     def commit(self, source: Path) -> None:
         """Give `source`, the complete output, its name. Whatever was there is replaced; remove it with :meth:`remove`."""
         # After a swap, `source` is what was replaced. This record tells a later process which of the two is which.
-        self.journal.append({"commit": _identity(source)})
+        with naming(self.folder / JOURNAL):
+            self.journal.append({"commit": _identity(source)})
         if source.is_dir() and self.out.exists() and any(self.out.iterdir()):
             if not exchange(source, self.out):
                 self._swap(source)

@@ -19,6 +19,7 @@ from .align import Alignment, align_vocabularies, pad_vocabularies
 from .changes import Changes, choose_chat_template, layer_changes
 from .compare import Matched, match_tensors
 from .device import Device
+from .extras import files_to_copy
 from .format import TensorInfo
 from .layout import Layout, OutputTensor, make_layout
 from .memory import Schedule, make_schedule
@@ -97,6 +98,11 @@ class Plan:
         """Of tensors, in all."""
         return self.layout.total_size
 
+    @property
+    def nbytes_on_disk(self) -> int:
+        """Of the whole output: its weights' files, and about as much as the donor has beside them."""
+        return _on_disk(self.layout, self.donor)
+
     def close(self) -> None:
         """Close the checkpoints' files."""
         for checkpoint in self.checkpoints:
@@ -107,6 +113,11 @@ class Plan:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _on_disk(layout: Layout, donor: Path | None) -> int:
+    beside = sum(path.stat().st_size for path in files_to_copy(donor))
+    return sum(shard.size for shard in layout.shards) + len(layout.index or b"") + beside
 
 
 def _distinct(inputs: tuple[tuple[int, TensorInfo], ...]) -> list[TensorInfo]:
@@ -125,6 +136,7 @@ def make_plan(
     resume: bool = False,
     download: bool = False,
     named: Mapping[str, Path] | None = None,
+    planned: Mapping[Path, TensorStore] | None = None,
 ) -> Plan:
     """Check a recipe against the models it names and lay out the work. Reads headers and config.json, no tensors; writes nothing.
 
@@ -136,6 +148,7 @@ def make_plan(
         resume: an unfinished `out` may be continued.
         download: fetch models that the recipe names by hub id and that are not in the Hugging Face cache.
         named: paths of models that the recipe names by the names of other recipes in its file.
+        planned: what stands for checkpoints that are not there yet, by path.
         dtype, out_dtype, seed: override the recipe's; dtypes as torch calls them ("bfloat16").
 
     Raises:
@@ -149,7 +162,7 @@ def make_plan(
             parsed = parsed.replace(parameters={**parsed.parameters, "seed": seed})
         else:
             problems.warnings.append(f"the seed is not used: {method.name!r} is not random")
-    sources = open_sources(parsed, problems, download, named)
+    sources = open_sources(parsed, problems, download, named, planned)
     try:
         return _complete(parsed, method, sources, problems, None if out is None else Path(out), shard_size, force, resume)
     except BaseException:
@@ -222,7 +235,7 @@ def _complete(
         metadata = {"format": "pt", "pymerge_version": __version__, "pymerge_recipe": recipe.to_yaml()}
         layout = make_layout([t.output for t in tensors], shard_size, metadata, out.name if single else None)
     if out is not None:
-        check_out(out, force, layout.total_size, sources, problems, resume)
+        check_out(out, force, _on_disk(layout, None if single else sources.donor_folder), sources, problems, resume)
     problems.raise_if_any()
     assert method is not None
     return Plan(

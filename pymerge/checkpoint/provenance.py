@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,11 @@ from .extras import read_small
 from .format import CheckpointError, load_json
 
 if TYPE_CHECKING:
+    from .layout import Layout
     from .plan import Plan
     from .reader import Checkpoint
 
-__all__ = ["FILE_NAME", "Provenance", "provenance", "read_provenance"]
+__all__ = ["FILE_NAME", "Provenance", "parse_inputs", "provenance", "provenance_file", "read_provenance"]
 
 FILE_NAME = "pymerge.json"
 
@@ -28,22 +29,37 @@ def provenance(plan: Plan, hashes: Mapping[Path, str]) -> bytes:
         plan: that was carried out.
         hashes: SHA-256 of inputs, as far as known.
     """
-    inputs = []
-    for index, (name, store) in enumerate(zip(plan.names, plan.checkpoints, strict=True)):
-        files = []
-        for file in store.files:
-            entry: dict[str, Any] = {"name": file.name, "bytes": file.stat().st_size}
-            files.append({**entry, "sha256": hashes[file]} if file in hashes else entry)
-        inputs.append({"model": name, "role": "base" if index in plan.bases else "model", "files": files})
+    stores = enumerate(zip(plan.names, plan.checkpoints, strict=True))
+    inputs = [(name, "base" if index in plan.bases else "model", store.files) for index, (name, store) in stores]
+    how = {"merge_method": plan.method.name, "recipe": plan.recipe.to_yaml()}
+    return provenance_file(how, inputs, hashes, len(plan.tensors), plan.layout)
+
+
+def provenance_file(
+    how: Mapping[str, Any], inputs: Sequence[tuple[str, str, Sequence[Path]]], hashes: Mapping[Path, str], tensors: int, layout: Layout
+) -> bytes:
+    """The content of pymerge.json.
+
+    Args:
+        how: it was made: the method and the recipe, say.
+        inputs: (model, its role, its files).
+        hashes: SHA-256 of files, as far as known.
+        tensors: how many were written.
+        layout: where.
+    """
+
+    def entry(file: Path) -> dict[str, Any]:
+        known = {"sha256": hashes[file]} if file in hashes else {}
+        return {"name": file.name, "bytes": file.stat().st_size, **known}
+
     content = {
         "pymerge_version": __version__,
-        "merge_method": plan.method.name,
-        "recipe": plan.recipe.to_yaml(),
-        "inputs": inputs,
+        **how,
+        "inputs": [{"model": name, "role": role, "files": [entry(file) for file in files]} for name, role, files in inputs],
         "output": {
-            "tensors": len(plan.tensors),
-            "bytes": plan.layout.total_size,
-            "files": [{"name": shard.file_name, "bytes": shard.size} for shard in plan.layout.shards],
+            "tensors": tensors,
+            "bytes": layout.total_size,
+            "files": [{"name": shard.file_name, "bytes": shard.size} for shard in layout.shards],
         },
     }
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
@@ -77,18 +93,29 @@ def read_provenance(output: Checkpoint) -> Provenance:
         return _parse(load_json(read_small(path), str(path)), path)
     metadata = output.headers[0].metadata
     if "pymerge_recipe" not in metadata:
-        raise CheckpointError(f"{output.path}: does not say how it was made: it has no {FILE_NAME}, and no pymerge_recipe in its metadata")
+        missing = f"it has no {FILE_NAME}, and no pymerge_recipe in its metadata; what pymerge wrote has one"
+        raise CheckpointError(f"{output.path}: does not say how it was made: {missing}")
     return Provenance(metadata.get("pymerge_version", "(unknown)"), metadata["pymerge_recipe"], (), output.headers[0].file)
 
 
 def _parse(content: Any, path: Path) -> Provenance:
-    try:
-        inputs = tuple(
-            (str(i["model"]), tuple((str(f["name"]), int(f["bytes"]), f.get("sha256")) for f in i["files"])) for i in content["inputs"]
-        )
-        version, recipe = content["pymerge_version"], content["recipe"]
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: is not as pymerge writes it: {type(error).__name__}: {error}") from None
+    inputs = parse_inputs(content, path)
+    recipe = content.get("recipe")
     if not isinstance(recipe, str):
         raise CheckpointError(f"{path}: its recipe is not text")
-    return Provenance(str(version), recipe, inputs, path)
+    return Provenance(str(content["pymerge_version"]), recipe, inputs, path)
+
+
+def parse_inputs(content: Any, path: Path) -> tuple[tuple[str, tuple[tuple[str, int, str | None], ...]], ...]:
+    """What a pymerge.json says of its inputs, as :class:`Provenance` has it.
+
+    Raises:
+        CheckpointError: it is malformed.
+    """
+    try:
+        content["pymerge_version"]
+        return tuple(
+            (str(i["model"]), tuple((str(f["name"]), int(f["bytes"]), f.get("sha256")) for f in i["files"])) for i in content["inputs"]
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not as pymerge writes it: {type(error).__name__}: {error}") from None

@@ -55,8 +55,14 @@ class Sources:
             checkpoint.close()
 
 
-def open_sources(recipe: Recipe, problems: Problems, download: bool = False, named: Mapping[str, Path] | None = None) -> Sources:
-    """Open what a recipe names; everything wrong goes to `problems`."""
+def open_sources(
+    recipe: Recipe,
+    problems: Problems,
+    download: bool = False,
+    named: Mapping[str, Path] | None = None,
+    planned: Mapping[Path, TensorStore] | None = None,
+) -> Sources:
+    """Open what a recipe names; everything wrong goes to `problems`. For `download`, `named` and `planned` see :func:`.plan.make_plan`."""
     sources = Sources()
     opened: dict[tuple[Path, ...], int | None] = {}
     for place, reference in recipe.references():
@@ -67,7 +73,7 @@ def open_sources(recipe: Recipe, problems: Problems, download: bool = False, nam
         if located is not None:
             key = tuple(path.resolve() for path in (located.path, *located.adapters))
             if key not in opened:
-                opened[key] = _open(located, str(reference), place, sources, problems)
+                opened[key] = _open(located, str(reference), place, sources, problems, planned or {})
             index = opened[key]
         sources.indices[reference] = index
         sources.complete &= index is not None
@@ -79,10 +85,12 @@ def open_sources(recipe: Recipe, problems: Problems, download: bool = False, nam
     return sources
 
 
-def _open(located: Located, name: str, place: Place, sources: Sources, problems: Problems) -> int | None:
+def _open(
+    located: Located, name: str, place: Place, sources: Sources, problems: Problems, planned: Mapping[Path, TensorStore]
+) -> int | None:
     path = located.path
     try:
-        store = open_checkpoint(path)
+        store = planned[path] if path in planned else open_checkpoint(path)
         config = read_config(store.folder)
         sign = sign_of_quantisation(store, config)
         for adapter in located.adapters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from ..recipe.problems import Problems
     from .sources import Sources
 
-__all__ = ["check_out", "check_target", "is_file_target"]
+__all__ = ["check_out", "check_target", "clash", "is_file_target", "lack_of_room"]
 
 
 def is_file_target(out: Path) -> bool:
@@ -26,9 +27,9 @@ def check_out(out: Path, force: bool, nbytes: int, sources: Sources, problems: P
     """Add to `problems` what speaks against writing `nbytes` to `out`."""
     out = out.absolute()
     for checkpoint in sources.checkpoints:
-        clash = _clash(out.resolve(), checkpoint.path.resolve(), {file.resolve() for file in checkpoint.files})
-        if clash:
-            problems.add_elsewhere(str(out), clash)
+        problem = clash(out.resolve(), checkpoint.path.resolve(), {file.resolve() for file in checkpoint.files})
+        if problem:
+            problems.add_elsewhere(str(out), problem)
             return
     unfinished = partial_of(out)
     try:
@@ -45,10 +46,20 @@ def check_out(out: Path, force: bool, nbytes: int, sources: Sources, problems: P
     if state == "begun" and not resume and not force:
         problems.add_elsewhere(str(unfinished), UNFINISHED)
         return
-    ancestor = next(parent for parent in out.parents if parent.exists())
-    free = shutil.disk_usage(ancestor).free + (_allocated(unfinished) if state else 0)
-    if nbytes > free:
-        problems.add_elsewhere(str(out), f"needs {format_bytes(nbytes)}, but its disk has {format_bytes(free)} free")
+    lack = lack_of_room(out, {out: nbytes})
+    if lack:
+        problems.add_elsewhere(str(out), lack)
+
+
+def lack_of_room(out: Path, sizes: Mapping[Path, int]) -> str | None:
+    """What to say when the disk of `out` has no room for outputs of these sizes; None when it has, as far as can be told now."""
+    ancestor = next(parent for parent in (out, *out.parents) if parent.exists())
+    needed, free = sum(sizes.values()), shutil.disk_usage(ancestor).free
+    # What unfinished outputs take already counts as free: it is continued or thrown away.
+    free += sum(_allocated(partial_of(place)) for place in sizes)
+    if needed <= free:
+        return None
+    return f"needs {format_bytes(needed)}, but its disk has {format_bytes(free)} free; make room, or write to another disk"
 
 
 UNFINISHED = "holds an unfinished merge; continue it with --resume (resume=True) or throw it away with --force (force=True)"
@@ -89,7 +100,8 @@ def check_target(out: Path, force: bool) -> str | None:
     return None
 
 
-def _clash(out: Path, source: Path, files: set[Path]) -> str | None:
+def clash(out: Path, source: Path, files: set[Path]) -> str | None:
+    """What speaks against writing to `out` by reading from `source` and its `files`, None when nothing does. All paths are resolved."""
     if out == source or out in files:
         return f"is an input of the merge ({source}); choose another name"
     if source.is_dir() and source in out.parents:

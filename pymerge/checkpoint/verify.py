@@ -6,7 +6,6 @@ import dataclasses
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +16,13 @@ from ..recipe.source import Source, parse_text
 from .device import choose_device
 from .failures import MergeError
 from .format import CheckpointError, TensorInfo
-from .inputs import sha256_of
+from .lora.adapter import is_adapter
 from .merger import TensorMerger
 from .pipeline import run
 from .plan import Plan, make_plan
 from .provenance import Provenance, read_provenance
 from .reader import Checkpoint, open_checkpoint
+from .verify_report import VerifyReport, files_differ
 
 if TYPE_CHECKING:
     from .layout import OutputTensor
@@ -31,32 +31,6 @@ __all__ = ["VerifyReport", "verify"]
 
 SAMPLE = 32
 BLOCK = 2**24
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What a verification found.
-
-    Attributes:
-        out: the checkpoint that was verified.
-        tensors: how many it has.
-        checked: names of those that were merged again.
-        differences: (tensor, what differs), in the order of the merge; empty when everything checked is as it should be.
-        inputs: what is wrong with the inputs: a file of another size or hash than the one that was merged.
-        version: of pymerge, by which the output says it was made.
-    """
-
-    out: Path
-    tensors: int
-    checked: tuple[str, ...]
-    differences: tuple[tuple[str, str], ...]
-    inputs: tuple[str, ...]
-    version: str
-
-    @property
-    def ok(self) -> bool:
-        """Nothing differs."""
-        return not self.differences and not self.inputs
 
 
 def verify(
@@ -73,7 +47,8 @@ def verify(
     """Merge tensors of an output once more, from the inputs that it names, and compare them with what it holds. Writes nothing.
 
     Args:
-        out: folder or file that a merge wrote.
+        out: folder or file that a merge wrote; or an adapter that :func:`pymerge.merge_adapters` or :func:`pymerge.extract_lora` wrote, of
+            which a sample is of modules. Another machine may round the last bits of their SVDs in another way.
         folder: that relative paths in its recipe start from, where the recipe lay; by default the current one. What is not there is looked
             for beside `out`.
         sample: how many tensors to check, chosen at random; None for all, and then files whose SHA-256 is recorded are hashed too. Names,
@@ -94,6 +69,10 @@ def verify(
     if sample is not None and sample < 1:
         raise ValueError(f"sample is {sample}; at least one tensor has to be checked")
     place = choose_device(device, None, None)
+    if is_adapter(out):
+        from .lora.verify import verify_adapter
+
+        return verify_adapter(Path(out), folder=None if folder is None else Path(folder), sample=sample, seed=seed, progress=progress)
     ops.require_backend(torch.device("cpu") if place is None else place.device)
     with open_checkpoint(out) as output:
         origin = read_provenance(output)
@@ -160,16 +139,7 @@ def _inputs_differ(plan: Plan, origin: Provenance, hashes: bool) -> list[str]:
         if model not in stores:
             found.append(f"{model}: was an input, and is not one now")
             continue
-        before, after = [name for name, _, _ in files], [file.name for file in stores[model].files]
-        if before != after:  # in order: a model that is put together from several may have two files of one name
-            found.append(f"{model}: its files were {', '.join(before)}, and are {', '.join(after)}")
-            continue
-        for file, (_, nbytes, digest) in zip(stores[model].files, files, strict=True):
-            size = file.stat().st_size
-            if size != nbytes:
-                found.append(f"{file}: has {size} bytes; the file that was merged had {nbytes}")
-            elif hashes and digest is not None and (now := sha256_of(file)) != digest:
-                found.append(f"{file}: its SHA-256 is {now}; that of the file that was merged was {digest}")
+        found += files_differ(model, files, stores[model].files, hashes)
     return found
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +13,8 @@ from typing import Any
 
 from .journal import datasync
 from .layout import Layout, Shard
-from .partial import Partial, committed
+from .notes import add_note, naming
+from .partial import JOURNAL, Partial, committed
 from .rename import sync_folder
 from .resume import ResumeError, difference
 from .sizes import format_bytes
@@ -25,6 +29,9 @@ SYNC_BYTES = 2**30
 MOST_OPEN = 64
 """Files with tensors that were not flushed yet."""
 
+
+MARK = 16
+"""Bytes of a file's mark: a random number."""
 
 START_OVER = "to start over, merge with --force (force=True) and without resuming"
 
@@ -71,6 +78,8 @@ class CheckpointWriter:
         self._shard_of: dict[str, Shard] = {name: shard for shard in layout.shards for name in shard.offsets}
         self._size = {name: size for shard in layout.shards for name, size in _sizes(shard)}
         self._missing = dict(self._size)
+        self._added: list[str] = []
+        self._marks: dict[str, str] = {}
         self._open: dict[str, int] = {}
         self._made: list[Path] = []
         self._keep = False
@@ -123,11 +132,14 @@ class CheckpointWriter:
                 raise FileExistsError(f"{self._partial.folder}: {UNFINISHED}")
             self._start_over()
         if not self.records:
-            self._partial.journal.append({"begun": self._description})
+            self._record({"begun": self._description})
+        if self._partial.content.is_symlink():
+            raise FileExistsError(f"{self._partial.content}: is a symbolic link, where the unfinished files were expected; remove it")
         self._partial.content.mkdir(exist_ok=True)
-        recorded: set[str] = set()
+        recorded: dict[str, set[str]] = {}
         for record in self.records:
-            recorded = recorded.union(record.get("done", ())).difference(record.get("lost", ()))
+            for mark, names in record.get("done", {}).items():
+                recorded.setdefault(mark, set()).update(names)
         for shard in self.layout.shards:
             self._prepare(shard, recorded)
         sync_folder(self._partial.content)
@@ -138,26 +150,43 @@ class CheckpointWriter:
         self.records = []
         self._keep = False
 
-    def _prepare(self, shard: Shard, recorded: set[str]) -> None:
-        """Make a shard's file, or trust what is in it as far as the journal does."""
+    def _prepare(self, shard: Shard, recorded: Mapping[str, set[str]]) -> None:
+        """Make a shard's file, or trust what is in it as far as the journal does.
+
+        A file bears a mark, where its header will be, by which the journal calls it: what is recorded of a file that was made anew since,
+        or that something else took the place of, says nothing about this one.
+        """
         fd = os.open(self._path(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            done = recorded.intersection(shard.offsets)
-            finished = len(done) == len(shard.offsets) and os.pread(fd, len(shard.head), 0) == shard.head
-            if os.fstat(fd).st_size != shard.size or (len(done) == len(shard.offsets) and not finished):
-                if done:  # somebody or something has been at it
-                    self._partial.journal.append({"lost": sorted(done)})
-                    done = set()
-                _truncate(fd, shard.size, self._path(shard))
+            head = os.pread(fd, len(shard.head), 0) if os.fstat(fd).st_size == shard.size else b""
+            every = shard.offsets.keys()
+            if head == shard.head:
+                mark, done = next(((m, names & every) for m, names in recorded.items() if names >= every), ("", set()))
+            else:
+                mark = head[8 : 8 + MARK].hex() if head[:8] == bytes(8) else ""
+                done = recorded.get(mark, set()) & every
+            if not done:
+                mark = secrets.token_hex(MARK)
+                with naming(self._path(shard)):
+                    os.ftruncate(fd, 0)
+                    os.ftruncate(fd, shard.size)
+                    _write_all(fd, memoryview(bytes.fromhex(mark)), 8)
         finally:
             os.close(fd)
+        self._marks[shard.file_name] = mark
         self.done.update(done)
-        if not shard.offsets:
+        if not every or (len(done) == len(every) and head != shard.head):
             self._finish(shard)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         self._stop_syncing()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = format_bytes(shutil.disk_usage(self.out.parent).free)
+            add_note(error, f"{format_bytes(self._to_write())} were still to be written, and {self.out.parent} has {free} free")
         self._leave()
+
+    def _to_write(self) -> int:
+        return sum(size for name, size in self._size.items() if name not in self.done)
 
     def write(self, name: str, data: memoryview, start: int = 0) -> None:
         """Write bytes of a tensor, from its byte `start` on. Every byte of it is to be written once; several threads may."""
@@ -166,7 +195,8 @@ class CheckpointWriter:
         shard, size = self._shard_of[name], self._size[name]
         if start + len(data) > size:
             raise ValueError(f"{name!r} has {size} bytes; {len(data)} were to be written from byte {start} on")
-        _write_all(self._fd(shard), data, shard.offsets[name] + start, self._path(shard))
+        with naming(self._path(shard)):
+            _write_all(self._fd(shard), data, shard.offsets[name] + start)
         with self._lock:
             self._missing[name] -= len(data)
             if self._missing[name] == 0:
@@ -187,19 +217,28 @@ class CheckpointWriter:
                 dirty, self._dirty = self._dirty, set()
                 self._unsynced = 0
             for file_name in dirty:
-                datasync(self._open[file_name])
+                with naming(self._partial.content / file_name):
+                    datasync(self._open[file_name])
             if not names:
                 return
             done = self.done.union(names)
+            recorded: dict[str, list[str]] = {}
+            for name in names:
+                recorded.setdefault(self._marks[self._shard_of[name].file_name], []).append(name)
+            self._record({"done": recorded})
+            self.done = done
+            # Only now, because a header takes the place of the mark; a process that resumes writes those that are missing.
             for shard in {self._shard_of[name].file_name: self._shard_of[name] for name in names}.values():
                 if done.issuperset(shard.offsets):
                     self._finish(shard)
-            self._partial.journal.append({"done": names})
-            self.done = done
 
     def record(self, **values: Any) -> None:
         """Add something to the journal; a process that resumes finds it in `records`."""
         with self._syncing:
+            self._record(values)
+
+    def _record(self, values: dict[str, Any]) -> None:
+        with naming(self._partial.folder / JOURNAL):
             self._partial.journal.append(values)
 
     def keep(self) -> str | None:
@@ -226,11 +265,13 @@ class CheckpointWriter:
 
     def add_file(self, name: str, content: bytes) -> None:
         """Add a small file beside the shards; not possible for a single-file output."""
+        self._added.append(name)
         path = self._partial.content / name
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            _write_all(fd, memoryview(content), 0, path)
-            os.fsync(fd)
+            with naming(path):
+                _write_all(fd, memoryview(content), 0)
+                os.fsync(fd)
         finally:
             os.close(fd)
 
@@ -252,6 +293,7 @@ class CheckpointWriter:
             raise RuntimeError(f"{len(missing)} tensors were not written, the first {missing[0]!r}")
         if self.layout.index is not None:
             self.add_file("model.safetensors.index.json", self.layout.index)
+        self._check_strangers()
         sync_folder(self._partial.content)
         problem = check_target(self.out, self.force)
         if problem:
@@ -261,6 +303,22 @@ class CheckpointWriter:
         self.committed = True
         for parent in self._made:
             sync_folder(parent.parent)
+
+    def _check_strangers(self) -> None:
+        """Everything in the folder gets the output's name, so it must be of our making."""
+        ours = {*self._added, *(shard.file_name for shard in self.layout.shards)}
+        other = next(
+            (
+                entry.name
+                for entry in os.scandir(self._partial.content)
+                if entry.name not in ours or not entry.is_file(follow_symlinks=False)
+            ),
+            None,
+        )
+        if other is not None:
+            raise FileExistsError(
+                f"{self._partial.content}: holds {other!r}, which is not of this merge; move it away and merge with --resume"
+            )
 
     def _sync_now_and_then(self) -> None:
         try:
@@ -304,8 +362,9 @@ class CheckpointWriter:
         """All tensors of a shard are on the disk: its header makes it a file that can be read."""
         fd = self._fd(shard)
         try:
-            _write_all(fd, memoryview(shard.head), 0, self._path(shard))
-            os.fsync(fd)
+            with naming(self._path(shard)):
+                _write_all(fd, memoryview(shard.head), 0)
+                os.fsync(fd)
         finally:
             with self._lock:
                 os.close(self._open.pop(shard.file_name))
@@ -327,17 +386,7 @@ def _sizes(shard: Shard) -> list[tuple[str, int]]:
     return [(name, end - begin) for name, begin, end in zip(names, begins, [*begins[1:], shard.size], strict=True)]
 
 
-def _write_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
-    try:
-        while len(data):
-            count = os.pwrite(fd, data, offset)
-            data, offset = data[count:], offset + count
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None
-
-
-def _truncate(fd: int, size: int, path: Path) -> None:
-    try:
-        os.ftruncate(fd, size)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count

@@ -39,11 +39,11 @@ class Explanation:
 
 
 @contextmanager
-def exits_with(status: int) -> Iterator[None]:
-    """Errors that leave this block end the program with `status`."""
+def exits_with(status: int, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Errors of some kinds that leave this block end the program with `status`."""
     try:
         yield
-    except Exception as error:
+    except kinds as error:
         error.exit_status = status
         raise
 
@@ -66,12 +66,12 @@ def _explain(error: Exception) -> Explanation | None:
         return _recipe(error)
     for name, kind in _KINDS.items():
         if isinstance(error, known.get(name, ())):
-            hint = "; --no-check-finite merges it anyway" if name == "NonFiniteError" else ""
-            message = str(error).replace("; pass check_finite=False to merge them anyway", "")
-            return Explanation(kind, f"{message}{hint}", REFUSED if kind == "resume" else status)
+            message = str(error).replace("; pass check_finite=False to merge them anyway", "; --no-check-finite merges it anyway")
+            return Explanation(kind, message, REFUSED if kind == "resume" else status)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         advice = _ADVICE.get(error.errno or 0, "")
+        advice = "" if advice and advice in str(error.strerror) else advice
         return Explanation("system", f"{where}{error.strerror or error}{advice}", status)
     if isinstance(error, MemoryError):
         return Explanation("memory", "there is not enough memory; `pymerge plan` shows how much a merge takes", status)
@@ -89,7 +89,7 @@ _KINDS = {
 _ADVICE = {
     errno.ENOSPC: "; make room, or write to another disk",
     errno.EDQUOT: "; your quota on that disk is used up: make room, or write to another one",
-    errno.EFBIG: "; that file system does not take files of this size: write smaller ones with --shard-size",
+    errno.EFBIG: "; that file system does not take files of this size: write smaller ones (of models: --shard-size), or to another disk",
     errno.EACCES: "; check the permissions, or write to another folder",
     errno.EPERM: "; check the permissions, or write to another folder",
     errno.EROFS: "; write to another folder",

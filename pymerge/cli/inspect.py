@@ -24,14 +24,16 @@ __all__ = ["command"]
 @click.option("-m", "--metadata", is_flag=True, help="Print the metadata, such as the recipe that a merge was made by.")
 @as_json
 def command(checkpoint, layers, tensors, metadata, as_json) -> None:
-    """Show what is in CHECKPOINT: a .safetensors file, a folder with model.safetensors or shards and an index, or an index.
+    """Show what is in CHECKPOINT: a .safetensors file, a folder with model.safetensors or shards and an index, an index, or a folder
+    with a LoRA adapter.
 
     Reads and checks the headers only. Exits with 2 when a file is malformed.
     """
+    from ..checkpoint.folder import adapter_weights, only_adapter
     from ..checkpoint.reader import open_checkpoint
 
     with exits_with(REFUSED):
-        opened = open_checkpoint(checkpoint)
+        opened = open_checkpoint((adapter_weights(checkpoint) if only_adapter(checkpoint) else None) or checkpoint)
     if as_json:
         print_json("inspect/1", _as_dict(opened, tensors))
         return

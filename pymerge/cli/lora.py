@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from ..checkpoint.sizes import format_bytes
+from .errors import REFUSED, exits_with
 from .options import DTYPES, as_json
 from .text import print_json
 
@@ -54,6 +57,7 @@ def merge(adapters, out, method, weights, on, rank, energy, parameters, dtype, a
     separately, as PEFT does, which is cheap but not the merge of the changes.
     """
     from ..checkpoint.adapters import merge_adapters
+    from .progress import Progress, shown
 
     given = {}
     for text in parameters:
@@ -61,10 +65,11 @@ def merge(adapters, out, method, weights, on, rank, energy, parameters, dtype, a
         if not found:
             raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--parameter")
         given[name] = _value(value)
-    with _usage_errors():
+    progress = Progress()
+    with _usage_errors(), shown("merging", progress, quiet=False):
         report = merge_adapters(
             adapters, out, method=method, weights=_one_or_all(weights), on=on, rank=rank, energy=energy, parameters=given, dtype=dtype,
-            check_base=not any_base, force=force,
+            check_base=not any_base, force=force, progress=progress,
         )  # fmt: skip
     _print(report, as_json)
 
@@ -80,17 +85,18 @@ def _value(text: str):
         return text
 
 
-class _usage_errors:
-    """Arguments that make no sense together are the user's, and say so without a traceback."""
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Arguments that make no sense together are the user's, and say so without a traceback; so are inputs that cannot be used."""
+    from ..checkpoint.format import CheckpointError
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind is ValueError:
-            raise click.UsageError(str(error)) from None
-        if kind is FileExistsError:
-            raise click.UsageError(f"{error}; --force replaces an adapter") from None
+    try:
+        with exits_with(REFUSED, CheckpointError):
+            yield
+    except (ValueError, FileExistsError) as error:
+        if type(error) not in (ValueError, FileExistsError):
+            raise
+        raise click.UsageError(str(error)) from None
 
 
 def _print(report, as_json: bool) -> None:
@@ -123,11 +129,13 @@ def _print(report, as_json: bool) -> None:
 def extract(model, base, out, rank, energy, modules, whole, fan_in_fan_out, base_name, dtype, force, as_json) -> None:
     """Write to OUT the LoRA adapter nearest to what MODEL changed in BASE; of rank 16, unless --rank or --energy says otherwise."""
     from ..checkpoint.lora.extract import extract_lora
+    from .progress import Progress, shown
 
     rank = 16 if rank is None and energy is None else rank
-    with _usage_errors():
+    progress = Progress()
+    with _usage_errors(), shown("extracting", progress, quiet=False):
         report = extract_lora(
             model, base, out, rank=rank, energy=energy, modules=modules, whole=whole, fan_in_fan_out=fan_in_fan_out, base_name=base_name,
-            dtype=dtype, force=force,
+            dtype=dtype, force=force, progress=progress,
         )  # fmt: skip
     _print(report, as_json)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from ..checkpoint.meter import Meter
 from ..checkpoint.sizes import format_bytes
+from .errors import REFUSED, exits_with
 from .options import as_json, budget_options, chosen_device, device_as_dict, merge_options
 from .text import count, print_json
 
 __all__ = ["command"]
+
+NOT_FOR_ADAPTERS = ("resume", "shard_size", "threads", "memory", "download", "no_check_finite")
 
 
 @click.command("merge", short_help="Merge checkpoints by a recipe.")
@@ -42,8 +46,9 @@ def command(
     A file with several recipes is merged into folders of their names in OUT.
     """
     from ..checkpoint.adapter_recipe import is_adapter_recipe
+    from ..checkpoint.budget import default_memory
     from ..checkpoint.many import plan_merges
-    from ..checkpoint.merge import run_plan
+    from ..checkpoint.merge import run_plan, usable_schedule
     from .progress import Progress, shown
 
     told = not (quiet or as_json)
@@ -51,8 +56,9 @@ def command(
     if is_adapter_recipe(recipe):
         if chosen is not None:
             raise click.UsageError("adapters are merged with each other on the CPU only; leave --device out")
-        _merge_adapters(recipe, out, options, force, told, as_json)
+        _merge_adapters(recipe, out, options, force, quiet, told, as_json)
         return
+    memory = default_memory() if memory is None else memory
     done, there = [], []
     try:
         for place, plan in plan_merges(recipe, out, force=force, resume=resume, **options):
@@ -65,10 +71,7 @@ def command(
             with plan:
                 for warning in plan.warnings if told else ():
                     click.echo(f"warning: {warning}", err=True)
-                try:
-                    to_read = plan.schedule(memory, device=chosen).bytes_read
-                except ValueError as error:
-                    raise click.UsageError(str(error)) from None
+                to_read = usable_schedule(plan, memory, chosen).bytes_read
                 with shown("merging", Progress(to_read + plan.bytes_written, meter), quiet):
                     report = run_plan(
                         plan, place, force=force, resume=resume, verify=verify, check_finite=not no_check_finite, threads=threads,
@@ -86,10 +89,18 @@ def command(
         print_json("merge/1", {"merges": done, "there_already": there})
 
 
-def _merge_adapters(recipe, out, options: dict, force: bool, told: bool, as_json: bool) -> None:
+def _merge_adapters(recipe, out, options: dict, force: bool, quiet: bool, told: bool, as_json: bool) -> None:
     from ..checkpoint.adapter_recipe import merge_adapter_recipe
+    from ..checkpoint.format import CheckpointError
+    from .progress import Progress, shown
 
-    report = merge_adapter_recipe(recipe, out, dtype=options["out_dtype"] or options["dtype"], seed=options["seed"], force=force)
+    given = [name for name in NOT_FOR_ADAPTERS if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given and told:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        click.echo(f"warning: {names}: without effect, adapters are merged in one go", err=True)
+    dtype, progress = options["out_dtype"] or options["dtype"], Progress()
+    with exits_with(REFUSED, CheckpointError), shown("merging", progress, quiet):  # nothing has been written then
+        report = merge_adapter_recipe(recipe, out, dtype=dtype, seed=options["seed"], force=force, progress=progress)
     for warning in report.warnings if told else ():
         click.echo(f"warning: {warning}", err=True)
     if told:

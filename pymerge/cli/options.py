@@ -7,7 +7,7 @@ from collections.abc import Callable
 import click
 
 from ..checkpoint.dtypes import CHOICES
-from ..checkpoint.sizes import parse_bytes
+from ..checkpoint.sizes import format_bytes, parse_bytes
 
 __all__ = ["DTYPES", "Size", "as_json", "budget_options", "chosen_device", "device_as_dict", "device_option", "merge_options"]
 
@@ -29,6 +29,16 @@ class Size(click.ParamType):
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, also for an error.")
+
+
+def _enough(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    if value is not None:
+        from ..checkpoint.budget import LEAST_MEMORY
+
+        if value < LEAST_MEMORY:
+            raise click.BadParameter(f"{format_bytes(value)} is too small; it must be at least {format_bytes(LEAST_MEMORY)}")
+    return value
+
 
 _MERGE_OPTIONS = (
     click.option(
@@ -55,7 +65,11 @@ device_option = click.option(
 
 _BUDGET_OPTIONS = (
     click.option(
-        "--memory", type=Size(), metavar="SIZE", help="Budget for tensors on their way: 2GB; by default 4GB or a quarter of the memory."
+        "--memory",
+        type=Size(),
+        callback=_enough,
+        metavar="SIZE",
+        help="Budget for tensors on their way: 2GB; by default 4GB or a quarter of the memory that there is.",
     ),
     device_option,
     click.option(

@@ -21,7 +21,7 @@ def printable(text: str) -> str:
 
 
 def print_json(schema: str, content: dict[str, Any]) -> None:
-    """One JSON object on stdout, whose first key says what it is ("plan/1"); NaN and infinities, which JSON lacks, become null."""
+    """One JSON object on stdout, whose first key says what it is ("plan/2"); NaN and infinities, which JSON lacks, become null."""
     click.echo(json.dumps(_finite({"schema": schema, **content}), indent=2, allow_nan=False))
 
 

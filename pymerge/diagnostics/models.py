@@ -112,12 +112,12 @@ def open_model(model: Any, label: str) -> Model:
     if isinstance(model, Checkpoint):
         return stored_model(model, model.tensors, label)
     source = Source(model, label)
-    facts, first = source.survey()
+    facts, tied = source.survey()
     for name, fact in facts.items():
         if fact.trouble:
             raise TypeError(f"{label}: {name!r} {fact.trouble}")
-    shapes = {name: fact.shape for name, fact in facts.items() if fact.dtype.is_floating_point}
-    return Model(label, shapes, frozenset(n for n in shapes if first[n] != n), _source=source)
+    shapes = {name: tuple(fact.shape) for name, fact in facts.items() if fact.dtype.is_floating_point}
+    return Model(label, shapes, frozenset(n for n in shapes if n in tied), _source=source)
 
 
 def stored_model(store: TensorStore, infos: Mapping[str, TensorInfo], label: str) -> Model:

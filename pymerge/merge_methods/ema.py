@@ -39,13 +39,12 @@ def _average(ema: Any, model: Any, decay: float, check_finite: bool, averaged: C
     """One step, everything checked before anything changes. Floating tensors that are not `averaged` become the model's."""
     pairs = Paired(ema, [model], labels=("ema", "model"), nonfloat="any", needs_base="ema_update")
     pairs.check_apart(pairs.sources[0], pairs.sources[1:])
-    moving = {name for name in pairs.merged if averaged(name)}
-    if check_finite:
-        many_ops.require_finite("model", [(name, pairs.tensors(name)[1][0]) for name in sorted(moving)])
     rows = [(name, *pairs.tensors(name)) for name in pairs.names if pairs.first_name[name] == name]
-    many_ops.lerp_many_(
-        [average for name, average, _ in rows if name in moving], [x for name, _, (x,) in rows if name in moving], 1.0 - decay
-    )
+    moving = {name for name in pairs.merged if averaged(name)}
+    pulled = [row for row in rows if row[0] in moving]
+    if check_finite:
+        many_ops.require_finite("model", [(name, x) for name, _, (x,) in sorted(pulled, key=lambda row: row[0])])
+    many_ops.lerp_many_([average for _, average, _ in pulled], [x for _, _, (x,) in pulled], 1.0 - decay)
     for name, average, (current,) in rows:
         if name not in moving:
             average.copy_(current)
@@ -101,7 +100,7 @@ class EMA:
     def _shadow_of(model: nn.Module) -> dict[str, Tensor]:
         averaged = _parameter_names(model)
         source = Source(model, "model")
-        facts, first = source.survey()
+        facts, tied = source.survey()
         shadow: dict[str, Tensor] = {}
         for name in source.names:
             if facts[name].trouble:
@@ -109,7 +108,7 @@ class EMA:
             t = source[name]
             wide = torch.float64 if t.dtype == torch.float64 else torch.float32
             kept = t.to(wide, copy=True) if name in averaged and t.dtype.is_floating_point else t.clone()
-            shadow[name] = shadow[first[name]] if first[name] != name else kept
+            shadow[name] = shadow[tied[name]] if name in tied else kept
         return shadow
 
     def decay_at(self, step: int) -> float:

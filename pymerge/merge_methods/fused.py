@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def merge_models(
             raise ValueError(f'scope "model" ranks all tensors together, and they are on several devices: {listed}; move them to one')
     return pairs.result_of_many(
         lambda jobs: many_ops.merge_many(jobs, spec, check_finite=check_finite),
-        lambda device: ranked_together or many_ops.in_one_go(device),
+        lambda device: math.inf if ranked_together else many_ops.group_bytes(device),
         dtype=dtype,
         out=out,
     )

@@ -42,7 +42,7 @@ def wise_ft(
         return staging.lerp_staged(pairs, alpha, device, dtype=dtype, out=out, labels=labels, check_finite=check_finite)
     return pairs.result_of_many(
         lambda jobs: many_ops.lerp_many(jobs, alpha, labels=labels, check_finite=check_finite),
-        many_ops.in_one_go,
+        many_ops.group_bytes,
         dtype=dtype,
         out=out,
     )

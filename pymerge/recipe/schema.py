@@ -18,7 +18,7 @@ from .reference import ModelReference, parse_reference
 from .source import Source, read_source
 from .tokenizer import TokenizerSpec, parse_tokenizer, parse_tokenizer_source
 
-__all__ = ["ModelEntry", "Recipe", "load_recipe", "parse_recipe"]
+__all__ = ["ModelEntry", "Recipe", "load_recipe", "parse_recipe", "yaml_text"]
 
 KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
@@ -103,13 +103,18 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML: the same text for the same recipe, however it was written."""
-        import yaml
+        return yaml_text(self.to_dict())
 
-        class Dumper(yaml.SafeDumper):
-            def ignore_aliases(self, data: Any) -> bool:
-                return True
 
-        return yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10**6)
+def yaml_text(content: Any) -> str:
+    """Plain values as YAML, in their order and without aliases."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10**6)
 
 
 def load_recipe(recipe: str | os.PathLike | Mapping) -> Recipe:

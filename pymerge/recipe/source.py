@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
-from .problems import Path, Problem, RecipeError
+from .problems import Path, Problem, RecipeError, did_you_mean
 
 __all__ = ["Source", "parse_text", "read_source", "read_sources"]
 
@@ -62,8 +62,7 @@ def read_sources(recipe: str | os.PathLike | Mapping) -> list[Source]:
     try:
         raw = path.read_bytes()
     except (OSError, ValueError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        raise _failure(label, None, f"cannot be read: {reason}") from None
+        raise _failure(label, None, f"cannot be read: {_reason(error, path)}") from None
     if len(raw) > MAX_BYTES:
         raise _failure(label, None, f"is {len(raw)} bytes long; a recipe has at most {MAX_BYTES}")
     try:
@@ -71,6 +70,15 @@ def read_sources(recipe: str | os.PathLike | Mapping) -> list[Source]:
     except UnicodeDecodeError as error:
         raise _failure(label, None, f"is not UTF-8 text (byte {error.start})") from None
     return parse_text(text, label, path.parent, path.suffix == ".json")
+
+
+def _reason(error: OSError | ValueError, path: FilePath) -> str:
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder, and a recipe is a YAML or JSON file"
+    if isinstance(error, FileNotFoundError):
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        return f"there is no such file{did_you_mean(path.name, beside) or '; check the path'}"
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def parse_text(text: str, label: str, folder: FilePath | None, is_json: bool = False) -> list[Source]:

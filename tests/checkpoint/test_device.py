@@ -281,7 +281,7 @@ def test_what_plan_and_merge_say(pretend):
     options = ["--device", "cuda", "--memory", "1GB", "--device-memory", "500kB"]
     done = run("plan", "r.json", *options, cwd=".")
     assert "device   cpu, by native: at most 500 kB, of which " in done.stdout
-    document = json.loads(run("plan", "r.json", *options, "--json", cwd=".").stdout)
+    [document] = json.loads(run("plan", "r.json", *options, "--json", cwd=".").stdout)["merges"]
     assert document["device"] == {"name": "cpu", "backend": "native", "memory_bytes": 500_000}
     done = run("merge", "r.json", "out", "-v", *options, cwd=".")
     assert "merged by ties on cpu in" in done.stdout

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 
@@ -218,6 +219,51 @@ def test_damage_to_what_was_left(work, data):
     interrupted(shard_size=4000, at=1, resume=True)  # a second crash must not make the first one's loss look like work done
     merge(RECIPE, "out", resume=True, shard_size=4000)
     assert tree(work / "out") == tree(work / "whole")
+
+
+def test_a_journal_that_claims_too_much(work):
+    """By hand, or of another run: what it says of tensors that are not there is not believed."""
+    merge(RECIPE, "whole", shard_size=4000)
+    interrupted(shard_size=4000, at=9)
+    shutil.move("out.partial", "other.partial")
+    interrupted(shard_size=4000, at=2)
+    journal = work / "out.partial/journal.jsonl"
+    text = journal.read_text()
+    mark = re.search('"done":{"([0-9a-f]+)"', text)[1]
+    journal.write_text(text.replace(f'"{mark}":[', f'"{mark}":["model.norm.weight",'))
+    interrupted(shard_size=4000, at=3, resume=True)
+    shutil.copy("other.partial/journal.jsonl", journal)
+    merge(RECIPE, "out", resume=True, shard_size=4000)
+    assert tree(work / "out") == tree(work / "whole")
+
+
+def test_a_journal_whose_beginning_is_damaged(work):
+    interrupted()
+    journal = work / "out.partial/journal.jsonl"
+    journal.write_bytes(b"x" + journal.read_bytes())
+    left = tree(work / "out.partial")
+    for options in ({}, {"resume": True}, {"force": True}):
+        with pytest.raises(
+            FileExistsError, match="out.partial: cannot be continued, its journal.jsonl is damaged; remove it to start over"
+        ):
+            merge(RECIPE, "out", **options)
+    assert tree(work / "out.partial") == left
+
+
+def test_what_somebody_put_among_the_files(work):
+    """It would get the output's name with them."""
+    interrupted()
+    (work / "out.partial/output/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="out.partial/output: holds 'notes.txt', which is not of this merge; move it away") as caught:
+        merge(RECIPE, "out", resume=True)
+    assert "out.partial keeps the 12 of 12 tensors that are done" in caught.value.__notes__[0]
+    shutil.move("out.partial/output/notes.txt", "notes.txt")
+    assert merge(RECIPE, "out", resume=True).resumed == 12
+    interrupted(out="new")
+    shutil.move("new.partial/output", "elsewhere")
+    (work / "new.partial/output").symlink_to("../elsewhere")
+    with pytest.raises(FileExistsError, match="new.partial/output: is a symbolic link"):
+        merge(RECIPE, "new", resume=True)
 
 
 def sha256(path):

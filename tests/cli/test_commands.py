@@ -97,12 +97,48 @@ def test_plan(models):
     done = run("plan", "r.yml", "out", cwd=models)
     assert done.returncode == 0 and not (models / "out").exists()
     assert "merge    12 tensors" in done.stdout and "in 2 files" in done.stdout and "memory   about" in done.stdout
-    content = json.loads(run("plan", "--json", "-t", "r.yml", cwd=models).stdout)
+    [content] = json.loads(run("plan", "--json", "-t", "r.yml", cwd=models).stdout)["merges"]
     total = sum(t.nbytes for t in tensors_of(0).values())
     assert (content["bytes_read"], content["bytes_written"], content["tensors"]) == (2 * total, total, 12)
     assert [m["role"] for m in content["models"]] == ["model", "model"]
     assert content["tensor_list"][0]["parameters"] == {"weights": [0.5, 0.5], "normalize": True}
     assert "weights=0.5, normalize=True" in run("plan", "-t", "r.yml", cwd=models).stdout
+    assert "is too small; it must be at least" in run("plan", "--memory", "1MB", "r.yml", cwd=models).stderr
+
+
+def test_plan_says_how_long(models):
+    """Reading and merging are measured on a part of the tensors, writing has the rate given."""
+    before = tree(models)
+    done = run("plan", "r.yml", "--write-rate", "1KB", cwd=models)
+    size = sum(t.nbytes for t in tensors_of(0).values())
+    assert re.search(rf"time     about {size / 1000:.2g} s: reading .*/s, writing {size / 1000:.3g} kB at 1 kB/s; merging at", done.stdout)
+    guess = json.loads(run("plan", "r.yml", "--json", cwd=models).stdout)["estimate"]
+    assert (guess["bytes_read"], guess["bytes_written"], guess["passes"]) == (2 * size, size, 1)
+    assert guess["read_rate"] > 0 and guess["merge_rate"] > 0 and guess["write_rate"] == 500e6 and guess["sampled"] == 2 * size
+    expected = 2 * size / guess["read_rate"] + size / guess["write_rate"]
+    assert guess["seconds"] == pytest.approx(max(expected, 3 * size / guess["merge_rate"]))
+    assert tree(models) == before
+
+
+def test_plan_of_several_recipes(models):
+    (models / "many.yml").write_text(
+        "merge_method: linear\nmodels: [{model: stage}, {model: b}]\nparameters: {weight: 0.5}\n---\n"
+        "name: stage\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 0.5}\n"
+    )
+    done = run("plan", "many.yml", "out", cwd=models)
+    assert (
+        done.returncode == 0
+        and done.stdout.index("stage\nmethod") < done.stdout.index("merged\nmethod")
+        and done.stdout.count("time ") == 1
+    )
+    assert "stage  (12 tensors, 14.6 kB, not merged yet)" in done.stdout and "copy     config and tokenizer of out/stage" in done.stdout
+    content = json.loads(run("plan", "many.yml", "out", "--json", cwd=models).stdout)
+    assert [(m["name"], m["out"]) for m in content["merges"]] == [("stage", "out/stage"), ("merged", "out/merged")]
+    assert content["estimate"]["bytes_read"] == sum(m["bytes_read"] for m in content["merges"])
+    assert run("merge", "-q", "many.yml", "out", cwd=models).returncode == 0
+    assert "nothing to do: every result is there" in run("plan", "many.yml", "out", cwd=models).stdout
+    there = json.loads(run("plan", "many.yml", "out", "--json", cwd=models).stdout)
+    assert (there["merges"], there["there_already"]) == ([], ["out/stage", "out/merged"])
 
 
 def test_methods(models):
@@ -167,7 +203,7 @@ def test_as_a_process(models):
 
 def test_defects_are_not_hidden(models, monkeypatch):
     """What is none of our errors is a defect of pymerge and keeps its traceback."""
-    monkeypatch.setattr("pymerge.checkpoint.plan.make_plan", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("pymerge.checkpoint.many.make_plan", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["plan", str(models / "r.yml")])
 

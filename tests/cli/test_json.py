@@ -14,13 +14,14 @@ from .test_commands import environment, run
 
 SIZES = {"tensors", "parameters", "bytes"}
 DRIFT = {"name", "tensors", "elements", "bytes", "relative_drift", "max_abs", "cosine", "changed", "changed_fraction"}
+PLAN = {
+    "name", "out", "merge_method", "recipe", "models", "tensors", "copied_tensors", "bytes_read", "bytes_written", "memory_bytes", "files",
+    "config_from", "warnings", "device",
+}  # fmt: skip
 MERGE = {"out", "merge_method", "files", "tensors", "bytes_read", "bytes_written", "seconds", "stages", "warnings", "device"}
 KEYS = {
     "merge/1": {"merges", "there_already"},
-    "plan/1": {
-        "merge_method", "recipe", "models", "tensors", "copied_tensors", "bytes_read", "bytes_written", "memory_bytes", "files",
-        "config_from", "warnings", "device",
-    },
+    "plan/2": {"merges", "there_already", "memory_bytes", "estimate"},
     "inspect/1": {"path", "files", "dtypes", "layers", *SIZES},
     "diff/1": {"a", "b", "equal", "total", "by", "rows", "only_in_a", "only_in_b", "different_shape", "different_dtype"},
     "verify/1": {"out", "ok", "version", "tensors", "checked", "differences", "inputs"},
@@ -52,7 +53,8 @@ def document(*args, cwd):
 
 
 def test_every_command_that_reports(models):
-    assert document("plan", "r.yml", cwd=models)[0] == "plan/1"
+    schema, content, code = document("plan", "r.yml", cwd=models)
+    assert (schema, code, set(content["merges"][0])) == ("plan/2", 0, PLAN)
     schema, content, code = document("merge", "r.yml", "out", cwd=models)
     [content] = content["merges"]
     assert set(content) >= MERGE and (schema, code, content["tensors"]) == ("merge/1", 0, 12)

@@ -72,7 +72,7 @@ def test_file_size_limit(models):
     command = [sys.executable, "-c", limited, "merge", "r.yml", "out"]
     done = subprocess.run(command, cwd=models, capture_output=True, text=True, env=environment(), timeout=60)
     assert done.returncode == 1
-    advice = "that file system does not take files of this size: write smaller ones with --shard-size"
+    advice = "that file system does not take files of this size: write smaller ones (of models: --shard-size), or to another disk"
     assert done.stderr == f"error: {models}/out.partial/output/model.safetensors: File too large; {advice}\n"
     assert tree(models) == before
 
@@ -135,12 +135,15 @@ def test_progress_bar_on_a_terminal(models):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "message"),
-    [("PYMERGE_ISA", "sve9", "instruction set 'sve9' is not available"), ("PYMERGE_BACKEND", "abacus", "backend 'abacus' does not exist")],
+    ("variable", "value", "message", "command", "status"),
+    [
+        ("PYMERGE_ISA", "sve9", "instruction set 'sve9' is not available", "merge", 1),
+        ("PYMERGE_BACKEND", "abacus", "backend 'abacus' does not exist", "plan", 2),
+    ],
 )
-def test_settings_that_cannot_be_met_are_told_before_anything_is_read(models, variable, value, message):
-    command = [sys.executable, "-m", "pymerge", "merge", "r.yml", "out"]
+def test_settings_that_cannot_be_met_are_told_before_anything_is_read(models, variable, value, message, command, status):
+    command = [sys.executable, "-m", "pymerge", command, "r.yml", "out"]
     done = subprocess.run(command, cwd=models, env={**environment(), variable: value}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == status
     assert done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr
     assert not (models / "out").exists()

@@ -9,6 +9,7 @@
 #include "dispatch.h"
 #include "kl.h"
 #include "merge.h"
+#include "merge_many.h"
 #include "select.h"
 
 using namespace pymerge;
@@ -104,6 +105,7 @@ std::vector<unsigned char> RunJob(uint64_t seed, const std::string& target) {
   lerp.weight = 0.3;
   const bool lerp_finite = LerpTensor(lerp, 2);
   append(&lerp_finite, 1);
+  for (int64_t bad : FindNonFinite({{job.in.n, a}, {job.in.n, b}}, 2)) append(&bad, sizeof(bad));
   append(between.data(), between.size());
   return result;
 }

@@ -1,4 +1,4 @@
-"""Fuzz the readers of untrusted files for some minutes: python -m tests.fuzz.run --minutes 5
+"""Fuzz the readers of untrusted files for some minutes: python -X faulthandler -m tests.fuzz.run --minutes 5
 
 Every input follows from its target and number, so that `--target header --only 1234` repeats one.
 """
@@ -15,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-from .guard import MEMORY, MEMORY_FOR_YAML, guarded
-from .targets import DOCUMENTED, TARGETS, prepare
+from .guard import guarded
+from .targets import TARGETS, prepare
 
 
 def attempt(name: str, number: int, folder: Path, memory: bool = False) -> str:
@@ -28,15 +28,15 @@ def attempt(name: str, number: int, folder: Path, memory: bool = False) -> str:
     Raises:
         BaseException: whatever else came of it.
     """
-    use, size = TARGETS[name](folder, Random(f"{name} {number}"))
+    target = TARGETS[name]
+    use, size = target.make(folder, Random(f"{name} {number}"))
     here = os.getcwd()
     os.chdir(folder)
     try:
-        inside = {"recipe": (), "index": (folder / "work/sharded",)}.get(name, (folder,))
-        most = MEMORY_FOR_YAML if name in ("recipe", "provenance") else MEMORY
-        with guarded(size, inside, most if memory else None):
+        inside = () if target.reads is None else (folder / target.reads,)
+        with guarded(size, inside, target.memory if memory else None, target.writes, target.resident):
             use()
-    except DOCUMENTED as error:
+    except target.documented as error:
         str(error)
         return type(error).__name__
     finally:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -17,11 +18,18 @@ from pymerge.checkpoint.format import CheckpointError
 from pymerge.checkpoint.plan import make_plan
 from pymerge.checkpoint.provenance import read_provenance
 from pymerge.checkpoint.reader import open_checkpoint
+from pymerge.checkpoint.resume import ResumeError
+from pymerge.checkpoint.store import TensorStore
 from pymerge.checkpoint.verify import _source
 from pymerge.recipe import RecipeError
 from tests.checkpoint.files import raw, save_model, tensors_of
 
+from . import adapters, pickles, resumes
+from .adapters import adapter
+from .guard import MEMORY, MEMORY_FOR_YAML
 from .mutate import RAW, damaged, json_text, structure
+from .pickles import pickled
+from .resumes import resume
 
 RECIPES = (
     {
@@ -52,6 +60,14 @@ def prepare(folder: Path) -> None:
     save_model(folder / "made", tensors_of(0, layers=1))
     (folder / "secret.safetensors").write_bytes((folder / "base/model.safetensors").read_bytes())
     (folder / "work").mkdir()
+    for one in (adapters, pickles, resumes):
+        one.prepare(folder)
+    for target in TARGETS.values():  # what is imported when it is first used is not opened by the inputs
+        for number in range(3):
+            try:
+                target.make(folder, Random(number))[0]()
+            except target.documented:
+                pass
 
 
 def parts(path: Path) -> tuple[dict, bytes]:
@@ -71,8 +87,8 @@ def mutated_file(path: Path, rng: Random) -> bytes:
     return raw(text, data, length)
 
 
-def read_everything(path: Path) -> None:
-    with open_checkpoint(path) as checkpoint:
+def read_everything(path: Path | TensorStore) -> None:
+    with open_checkpoint(path) if isinstance(path, Path) else path as checkpoint:
         for info in checkpoint.tensors.values():
             target = memoryview(bytearray(info.nbytes))
             checkpoint.read_into(info, target)
@@ -185,5 +201,33 @@ def provenance(folder: Path, rng: Random) -> tuple[Callable[[], object], int]:
     return use, size
 
 
-TARGETS = {"header": header, "index": index, "recipe": recipe, "provenance": provenance}
-DOCUMENTED = (CheckpointError, RecipeError)
+@dataclass(frozen=True)
+class Target:
+    """What is fuzzed.
+
+    Attributes:
+        make: writes the input of a generator into a folder; what to do with it, and its size in bytes.
+        documented: errors that may come of it.
+        reads: where files may be opened, below the folder; None for anywhere.
+        memory: bytes that Python may take besides some for each of the input's.
+        writes: it is meant to write, below the folder.
+        resident: the memory of the process is watched too, because much of it is not Python's.
+    """
+
+    make: Callable[[Path, Random], tuple[Callable[[], object], int]]
+    documented: tuple[type[Exception], ...] = (CheckpointError,)
+    reads: str | None = "."
+    memory: int = MEMORY
+    writes: bool = False
+    resident: bool = False
+
+
+TARGETS = {
+    "header": Target(header),
+    "index": Target(index, reads="work/sharded"),
+    "recipe": Target(recipe, (CheckpointError, RecipeError), reads=None, memory=MEMORY_FOR_YAML),
+    "provenance": Target(provenance, (CheckpointError, RecipeError), memory=MEMORY_FOR_YAML),
+    "pickle": Target(pickled, resident=True),
+    "adapter": Target(adapter, resident=True),
+    "resume": Target(resume, (CheckpointError, RecipeError, ResumeError, OSError), writes=True, resident=True),
+}

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..folder import ADAPTER_WEIGHTS, adapter_weights
 from ..format import CheckpointError, TensorInfo
 from ..load import load_tensor
 from ..reader import Checkpoint, open_checkpoint
@@ -18,7 +19,6 @@ from .config import CONFIG, AdapterConfig, read_adapter_config
 
 __all__ = ["Adapter", "LowRank", "is_adapter", "open_adapter"]
 
-FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.(?P<part>weight|bias)|embedding_(?P<embedding>[AB]))")
@@ -56,6 +56,11 @@ class LowRank:
     def rank(self) -> int:
         """Columns of B."""
         return self.b.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Of both factors."""
+        return self.a.nbytes + self.b.nbytes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -121,9 +126,9 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
     if not folder.is_dir() or not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: is not a LoRA adapter: a folder with {CONFIG} is expected")
     config = read_adapter_config(folder)
-    file = next((folder / name for name in FILES if (folder / name).exists()), None)
+    file = adapter_weights(folder)
     if file is None:
-        raise CheckpointError(f"{folder}: has {CONFIG}, but neither {' nor '.join(FILES)}")
+        raise CheckpointError(f"{folder}: has {CONFIG}, but neither {' nor '.join(ADAPTER_WEIGHTS)}")
     store = open_checkpoint(file)
     adapter = Adapter(folder, folder, config, store)
     _sort_tensors(adapter, file)

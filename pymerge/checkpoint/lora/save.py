@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from torch import Tensor
 
 from ..._version import __version__
 from ..dtypes import code_of
-from ..layout import OutputTensor, make_layout
+from ..layout import Layout, OutputTensor, make_layout
+from ..store import TensorStore
+from ..target import check_target, clash, lack_of_room
 from ..writer import CheckpointWriter
-from .adapter import PREFIX
+from .adapter import PREFIX, Adapter
 from .config import CONFIG
 
-__all__ = ["SavedModule", "save_adapter"]
+__all__ = ["SavedModule", "adapter_tensors", "check_place", "config_file", "save_adapter"]
+
+Files = Callable[[int, Layout], Mapping[str, bytes]]
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -45,9 +50,9 @@ def save_adapter(
     others: Mapping[str, Tensor],
     config: Mapping[str, Any],
     metadata: Mapping[str, str],
-    card: str,
+    files: Files,
     force: bool,
-) -> None:
+) -> int:
     """Write an adapter folder; it appears complete or not at all.
 
     Args:
@@ -56,24 +61,57 @@ def save_adapter(
         others: tensors that replace the base's, by name.
         config: settings of adapter_config.json that this does not determine (base model, task type ...).
         metadata: strings for the weights' header.
-        card: text of README.md.
+        files: called with the number of tensors and the layout for what goes beside them, name -> content.
         force: replace an existing folder.
+
+    Returns:
+        Bytes of the tensors.
+
+    Raises:
+        FileExistsError: there is something at `out`.
+        OSError: writing failed, or would for want of room; nothing is left then.
     """
+    tensors = adapter_tensors(modules, others)
+    planned = [OutputTensor(name, code_of(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
+    layout = make_layout(planned, 1, {"format": "pt", "pymerge_version": __version__, **metadata}, WEIGHTS)
+    content = {CONFIG: config_file(modules, config), **files(len(tensors), layout)}
+    lack = lack_of_room(out, {out: layout.shards[0].size + sum(map(len, content.values()))})
+    if lack:
+        raise OSError(errno.ENOSPC, lack, str(out))
+    with CheckpointWriter(out, layout, force=force) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, _bytes(tensor))
+        for name, data in content.items():
+            writer.add_file(name, data)
+        writer.commit()
+    return layout.total_size
+
+
+def adapter_tensors(modules: Mapping[str, SavedModule], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that the weights' file holds, by PEFT's names."""
     tensors: dict[str, Tensor] = {f"{PREFIX}{name}": tensor for name, tensor in others.items()}
     for name, module in modules.items():
         for side, tensor in (("A", module.a), ("B", module.b)):
             key = f"lora_embedding_{side}" if module.kind == "embedding" else f"lora_{side}.weight"
             tensors[f"{PREFIX}{name}.{key}"] = tensor.contiguous()
-    tensors = dict(sorted(tensors.items()))
-    planned = [OutputTensor(name, code_of(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
-    layout = make_layout(planned, 1, {"format": "pt", "pymerge_version": __version__, **metadata}, WEIGHTS)
-    content = json.dumps({**config, **_shape_of(modules)}, indent=2, sort_keys=True) + "\n"
-    with CheckpointWriter(out, layout, force=force) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, _bytes(tensor))
-        writer.add_file(CONFIG, content.encode())
-        writer.add_file("README.md", card.encode())
-        writer.commit()
+    return dict(sorted(tensors.items()))
+
+
+def config_file(modules: Mapping[str, SavedModule], config: Mapping[str, Any]) -> bytes:
+    """adapter_config.json: `config`, and what follows from the modules."""
+    return (json.dumps({**config, **_shape_of(modules)}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def check_place(out: Path, force: bool, inputs: Iterable[TensorStore | Adapter]) -> None:
+    """
+    Raises:
+        FileExistsError: an adapter made of `inputs` cannot go to `out`, with the reason.
+    """
+    problem = check_target(out, force)
+    for store in inputs:
+        problem = problem or clash(out.resolve(), store.path.resolve(), {file.resolve() for file in store.files})
+    if problem:
+        raise FileExistsError(f"{out}: {problem}")
 
 
 def _shape_of(modules: Mapping[str, SavedModule]) -> dict[str, Any]:
