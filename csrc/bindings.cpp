@@ -358,6 +358,24 @@ void PyDiagnose(int64_t n, bool f64, const TensorArg& base, const std::vector<Te
   DiagnoseTensor(job, threads, reinterpret_cast<double*>(sums), reinterpret_cast<int64_t*>(counts));
 }
 
+// parts: descriptor, offset in bytes and dtype code of the base, where there is one, and of the models. Returns the index of one that could
+// not be read, or -1.
+int PyDiagnoseFiles(int64_t n, bool f64, bool has_base, const std::vector<std::tuple<int, int64_t, int>>& parts,
+                    const std::vector<std::tuple<int64_t, int64_t>>& selection, uintptr_t sums, uintptr_t counts) {
+  DiagnoseJob job;
+  if (selection.empty() || selection.size() > kMaxModels || parts.size() != selection.size() + has_base) {
+    throw std::invalid_argument("1 to 64 models, a part and a row of the selection for each");
+  }
+  job.in.n = n;
+  job.in.f64 = f64;
+  job.in.models = static_cast<int>(selection.size());
+  for (size_t m = 0; m < selection.size(); ++m) job.selection[m] = {std::get<0>(selection[m]), std::get<1>(selection[m])};
+  std::vector<FilePart> files;
+  for (const auto& [file, offset, dtype] : parts) files.push_back({file, offset, static_cast<DType>(dtype)});
+  py::gil_scoped_release release;
+  return DiagnoseFiles(job, has_base, files.data(), reinterpret_cast<double*>(sums), reinterpret_cast<int64_t*>(counts));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -378,6 +396,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("kl_forward", &PyKlForward);
   m.def("kl_backward", &PyKlBackward);
   m.def("diagnose", &PyDiagnose);
+  m.def("diagnose_files", &PyDiagnoseFiles);
   m.def("available_isas", &AvailableTargets);
   m.def("current_isa", [] { return std::string(CurrentKernels().name); });
   m.def("use_isa", &SelectTarget);

@@ -8,6 +8,7 @@ namespace pymerge {
 constexpr int kMaxModels = 64;
 constexpr int64_t kChunk = 1 << 16;  // elements a thread takes at a time; a multiple of kSumBlock
 constexpr int64_t kSumBlock = 4096;  // elements per block of the summation tree (docs/arithmetic.md)
+constexpr int64_t kDiagnoseRun = 4096;  // bytes of one tensor in the compute dtype that are worked on at a time: a handful fit the first cache
 
 enum class DType : int { kF32, kBF16, kF16, kF64 };
 enum class Sparsify : int { kNone, kMagnitude, kBernoulli, kBand };
@@ -166,8 +167,9 @@ struct Kernels {
   void (*kl_backward)(const KlJob&, int64_t begin, int64_t end);
   // Adds a low-rank product to elements [begin, end) of x, any range.
   void (*low_rank)(const LowRankJob&, int64_t begin, int64_t end);
-  // Adds a range's sums and counts to those given; begin is a multiple of kSumBlock. `lanes`: scratch, 64 for each sum.
-  void (*diagnose)(const DiagnoseJob&, int64_t begin, int64_t end, double* lanes, double* sums, int64_t* counts);
+  // Adds a range's sums and counts to those given; begin is a multiple of kSumBlock. `memory`: 64 fp64 numbers for each sum and
+  // kDiagnoseRun bytes for each model and for three more, aligned to a vector for speed.
+  void (*diagnose)(const DiagnoseJob&, int64_t begin, int64_t end, void* memory, double* sums, int64_t* counts);
 };
 
 }  // namespace pymerge

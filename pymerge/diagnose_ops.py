@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops, reference_diagnose
 from .reference_diagnose import PIECE, count_counts, count_sums
 
-__all__ = ["PIECE", "count_counts", "count_sums", "diagnose", "new_statistics"]
+__all__ = ["PIECE", "can_read", "count_counts", "count_sums", "diagnose", "diagnose_files", "new_statistics"]
 
 
 def new_statistics(models: int) -> tuple[Tensor, Tensor]:
@@ -46,3 +46,15 @@ def diagnose(
         native_diagnose.diagnose(flat_base, flat, selection, sums, counts, threads)
     else:
         reference_diagnose.diagnose(flat_base, flat, selection, sums, counts)
+
+
+def can_read(dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether :func:`diagnose_files` takes files of these dtypes with the backend that is in force."""
+    return all(dtype in ops.COMPUTED for dtype in dtypes) and ops.backend_name(torch.device("cpu")) == "native"
+
+
+def diagnose_files(*arguments) -> int:
+    """:func:`pymerge.native_diagnose.diagnose_files`, where :func:`can_read`."""
+    from . import native_diagnose
+
+    return native_diagnose.diagnose_files(*arguments)

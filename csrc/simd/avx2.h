@@ -62,24 +62,22 @@ struct Lanes {
     return _mm256_castsi256_ps(_mm256_sub_epi32(u, _mm256_slli_epi32(k, 23)));
   }
   static Keys KeysOf(Vec v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF)); }
+  static Vec ValuesOf(Keys k) { return _mm256_castsi256_ps(k); }
   static Keys SetKey(Key k) { return _mm256_set1_epi32(k); }
   static Keys Max(Keys a, Keys b) { return _mm256_max_epi32(a, b); }
   static Key ReduceMax(Keys k) {
-    int32_t lane[8];
-    StoreKeys(lane, k);
-    int32_t top = lane[0];
-    for (int i = 1; i < 8; ++i) top = lane[i] > top ? lane[i] : top;
-    return top;
+    // Not by way of memory, here and below: GCC 12 would then keep k there, in the loop that makes it too.
+    const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(k), _mm256_extracti128_si256(k, 1));
+    const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
   }
   static Mask Greater(Keys a, Keys b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)); }
   static Mask Equal(Keys a, Keys b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
   static Keys CountIf(Keys n, Mask m) { return _mm256_sub_epi32(n, _mm256_castps_si256(m)); }
   static int64_t ReduceAdd(Keys k) {
-    int32_t lane[8];
-    StoreKeys(lane, k);
-    int64_t sum = 0;
-    for (int i = 0; i < 8; ++i) sum += lane[i];
-    return sum;
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(k), _mm256_extracti128_si256(k, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
   }
   static Mask Positive(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_GT_OQ); }
   static Mask Negative(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_LT_OQ); }

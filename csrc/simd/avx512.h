@@ -48,6 +48,7 @@ struct Lanes {
     return _mm512_castsi512_ps(_mm512_sub_epi32(u, _mm512_slli_epi32(k, 23)));
   }
   static Keys KeysOf(Vec v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)); }
+  static Vec ValuesOf(Keys k) { return _mm512_castsi512_ps(k); }
   static Keys SetKey(Key k) { return _mm512_set1_epi32(k); }
   static Keys Max(Keys a, Keys b) { return _mm512_max_epi32(a, b); }
   static Key ReduceMax(Keys k) { return _mm512_reduce_max_epi32(k); }

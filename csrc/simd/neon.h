@@ -50,6 +50,7 @@ struct Lanes {
     return vreinterpretq_f32_s32(vsubq_s32(u, vshlq_n_s32(k, 23)));
   }
   static Keys KeysOf(Vec v) { return vandq_s32(vreinterpretq_s32_f32(v), vdupq_n_s32(0x7FFFFFFF)); }
+  static Vec ValuesOf(Keys k) { return vreinterpretq_f32_s32(k); }
   static Keys SetKey(Key k) { return vdupq_n_s32(k); }
   static Keys Max(Keys a, Keys b) { return vmaxq_s32(a, b); }
   static Key ReduceMax(Keys k) { return vmaxvq_s32(k); }

@@ -132,6 +132,7 @@ struct ScalarLanes {
     return BitCast<Vec>(u - (static_cast<uint32_t>(k) << 23));
   }
   static Keys KeysOf(Vec v) { return BitCast<Key>(v) & KeyOf<R>::kMax; }
+  static Vec ValuesOf(Keys k) { return BitCast<Vec>(k); }
   static Keys SetKey(Key k) { return k; }
   static Keys Max(Keys a, Keys b) { return a > b ? a : b; }
   static Key ReduceMax(Keys k) { return k; }

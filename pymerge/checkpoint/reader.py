@@ -10,6 +10,8 @@ import errno
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .folder import find_files
@@ -74,6 +76,19 @@ class Checkpoint:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name!r} cannot be read: {error.strerror}; check the disk, or copy the file to another one"
             ) from None
+        finally:
+            self._release(fd)
+
+    @contextmanager
+    def place(self, info: TensorInfo) -> Iterator[tuple[int, int]]:
+        """An open file and the byte of it where a tensor begins, for native code to read while the context lasts.
+
+        Raises:
+            CheckpointError: the file changed since its header was read, or cannot be opened.
+        """
+        fd = self._acquire(info.file)
+        try:
+            yield fd, info.offset
         finally:
             self._release(fd)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,26 @@ class Model:
         self._store.read_into(info, view, start * dtype.itemsize)
         return torch.frombuffer(view, dtype=dtype)
 
+    def parts(self, name: str, starts: Sequence[int], length: int) -> Tensor:
+        """The parts of `length` elements from each of `starts` on, one after the other."""
+        if self._store is None:
+            found = [self.part(name, start, length) for start in starts]
+            return torch.cat(found) if len(found) > 1 else found[0]
+        info, dtype = self._infos[name], self.dtype(name)
+        size = length * dtype.itemsize
+        view = memoryview(bytearray(len(starts) * size))
+        pieces = [(start * dtype.itemsize, view[i * size : (i + 1) * size]) for i, start in enumerate(starts)]
+        with self.place(name) or nullcontext() as place:
+            for start, piece in pieces:
+                # Finding the file anew would cost as much as reading so little. Where that fails, the store says what is wrong.
+                if place is None or not _fill(piece, place[0], place[1] + start):
+                    self._store.read_into(info, piece, start)
+        return torch.frombuffer(view, dtype=dtype)
+
+    def place(self, name: str) -> AbstractContextManager[tuple[int, int]] | None:
+        """:meth:`Checkpoint.place` of a tensor whose bytes lie in a file as they are; None where they are made or brought into order."""
+        return self._store.place(self._infos[name]) if type(self._store) is Checkpoint else None
+
     @property
     def in_memory(self) -> bool:
         """Whether reading it costs nothing."""
@@ -67,6 +88,14 @@ class Model:
         """Close its files, if any."""
         if self._store is not None:
             self._store.close()
+
+
+def _fill(target: memoryview, file: int, position: int) -> bool:
+    """Whether a file has enough bytes from a position on and gave them at once."""
+    try:
+        return os.preadv(file, [target], position) == len(target)
+    except OSError:
+        return False
 
 
 def open_model(model: Any, label: str) -> Model:

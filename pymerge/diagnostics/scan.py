@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..diagnose_ops import PIECE, diagnose, new_statistics
+from ..checkpoint.format import CheckpointError
+from ..diagnose_ops import PIECE, can_read, diagnose, diagnose_files, new_statistics
 from ..finite import NonFiniteError
 from .models import Model
-from .statistics import Statistics, pool
+from .statistics import Statistics
 
 __all__ = ["scan"]
 
@@ -34,8 +37,9 @@ def scan(
 ) -> dict[str, Statistics]:
     """Statistics of every named tensor.
 
-    Files are read in pieces of 2^18 elements into memory that is used again and again: so many bytes of each model for each thread. Each
-    thread computes on what it has just read, while that is in its cache. Results do not depend on the number of threads.
+    Files are read a few elements at a time into memory that is used again and again, so that each thread computes on what is still in its
+    cache: 2^16 elements of each model where the core reads by itself, 2^20 where they must be made first (an adapter on a model, fp8).
+    Results do not depend on the number of threads.
 
     Args:
         base: or None: the models are deltas, or are compared as they are.
@@ -60,17 +64,15 @@ def scan(
             local.buffers = [bytearray(PIECE * 8) for _ in given]
         return local.buffers
 
-    def parts(name: str, start: int, count: int) -> list[Tensor]:
-        return [m.part(name, start, count, buffer) for m, buffer in zip(given, buffers())]
-
     def work(name: str, start: int, count: int, selection: Tensor) -> Statistics:
-        tensors = parts(name, start, count)
         sums, counts = new_statistics(len(models))
-        first, others = (None, tensors) if base is None else (tensors[0], tensors[1:])
-        diagnose(first, others, selection - torch.tensor([0, start]), sums, counts, threads=1)
-        if not torch.isfinite(sums).all():
-            bad = next((m.label for m, t in zip(given, tensors) if not torch.isfinite(t.float()).all()), "the difference of two models")
-            raise NonFiniteError(f"{bad}: {name!r} has a NaN or an infinity between elements {start} and {start + count}")
+        if not _from_files(base, models, name, start, count, selection, sums, counts):
+            first, *others = [None] * (base is None) + [m.part(name, start, count, buffer) for m, buffer in zip(given, buffers())]
+            diagnose(first, others, selection - torch.tensor([0, start]), sums, counts, threads=1)
+        if not all(map(math.isfinite, sums.tolist())):
+            bad = (m.label for m in given if not torch.isfinite(m.part(name, start, count).float()).all())
+            label = next(bad, "the difference of two models")
+            raise NonFiniteError(f"{label}: {name!r} has a NaN or an infinity between elements {start} and {start + count}")
         if progress is not None:
             progress(count)
         return Statistics(len(models), count, sums, counts)
@@ -82,7 +84,7 @@ def scan(
             selections = _ahead(workers, lambda name: _selection(base, models, name, trim), names, threads)
             for name, selection in selections:
                 n = torch.Size(given[0].shapes[name]).numel()
-                found[name] = pool([], len(models))
+                found[name] = Statistics(len(models), n, *new_statistics(len(models)))
                 for start in range(0, n, PIECE):
                     waiting.append((name, workers.submit(work, name, start, min(PIECE, n - start), selection)))
                     if len(waiting) > 4 * threads:
@@ -95,9 +97,29 @@ def scan(
     return found
 
 
+def _from_files(
+    base: Model | None, models: Sequence[Model], name: str, start: int, count: int, selection: Tensor, sums: Tensor, counts: Tensor
+) -> bool:
+    """Add the statistics of a part of a tensor that the core reads by itself; False where it cannot, nothing having been done."""
+    given = [m for m in (base, *models) if m is not None]
+    dtypes, places = [m.dtype(name) for m in given], [m.place(name) for m in given]
+    if None in places or not can_read(dtypes):
+        return False
+    with ExitStack() as opened:
+        files = [opened.enter_context(place) for place in places]
+        parts = [(file, offset + start * dtype.itemsize, dtype) for (file, offset), dtype in zip(files, dtypes)]
+        rows = [(key, cut - start) for key, cut in selection.tolist()]
+        first, others = (None, parts) if base is None else (parts[0], parts[1:])
+        failed = diagnose_files(count, first, others, rows, sums, counts)
+    if failed >= 0:
+        given[failed].part(name, start, count)  # says what is wrong
+        raise CheckpointError(f"{given[failed].label}: {name!r} could not be read, and then could; run this again")
+    return True
+
+
 def _take(waiting: deque, found: dict[str, Statistics]) -> None:
     name, future = waiting.popleft()
-    found[name] = pool([found[name], future.result()], found[name].models)
+    found[name].add(future.result())
 
 
 def _ahead(workers: ThreadPoolExecutor, function: Callable, names: Sequence[str], ahead: int) -> Iterator[tuple[str, Tensor]]:
@@ -121,12 +143,9 @@ def _selection(base: Model | None, models: Sequence[Model], name: str, trim: flo
     starts = [0] if exact else [i * (n - SAMPLE_RUN) // (SAMPLE_RUNS - 1) for i in range(SAMPLE_RUNS)]
     length = n if exact else SAMPLE_RUN
 
-    def sample(model: Model) -> Tensor:
-        return torch.cat([model.part(name, start, length) for start in starts]) if len(starts) > 1 else model.part(name, 0, length)
-
     sampled = len(starts) * length
-    bases = None if base is None else [sample(base)]
-    rows = ops.select(bases, [[sample(m)] for m in models], [round(trim * sampled)] * len(models))
+    bases = None if base is None else [base.parts(name, starts, length)]
+    rows = ops.select(bases, [[m.parts(name, starts, length)] for m in models], [round(trim * sampled)] * len(models))
     # Many deltas of bf16 models are equal; of those at the threshold the same share of the tensor is kept as of the sample.
     rows[:, 1] = torch.where(rows[:, 1] < 0, rows[:, 1], (rows[:, 1] + 1) * n // sampled - 1)
     return rows

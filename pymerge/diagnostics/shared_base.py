@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ continued pre-training and up-cycling."""
 
 OUTLIER = 0.3
 """A tensor stands out when its cosine is this far below the median."""
+
+AT_ONCE = 64
+"""Models that are compared with another one in a pass."""
 
 
 @dataclass(frozen=True)
@@ -136,26 +139,43 @@ def check_shared_base(models: Any, bases: Any = None, *, threads: int | None = N
     candidates = [open_model(m, name) for name, m in named(bases).items()] if bases is not None else []
     if len(opened) < 2 and not candidates:
         raise ValueError("one model and no base: there is nothing to compare it with")
+    found: dict[tuple[str, str], tuple[Kinship, float]] = {}
+    for b, others in [(b, opened) for b in candidates] or [(b, opened[:i]) for i, b in enumerate(opened) if i]:
+        for start in range(0, len(others), AT_ONCE):
+            found |= _compare(others[start : start + AT_ONCE], b, threads)
     pairs = [(m, b) for m in opened for b in candidates] or [(a, b) for i, a in enumerate(opened) for b in opened[i + 1 :]]
-    judged, distances = [], {m.label: {} for m in opened if candidates}
-    for a, b in pairs:
-        kinship, distance = _compare(a, b, threads)
-        judged.append(kinship)
-        if candidates:
-            distances[a.label][b.label] = distance
+    judged = tuple(found[a.label, b.label][0] for a, b in pairs)
+    distances = {m.label: {b.label: found[m.label, b.label][1] for b in candidates} for m in opened if candidates}
     nearest = {m: min(row, key=lambda b: (math.isnan(row[b]), row[b])) for m, row in distances.items()}
-    return SharedBase(tuple(judged), nearest, distances)
+    return SharedBase(judged, nearest, distances)
 
 
-def _compare(a: Model, b: Model, threads: int | None) -> tuple[Kinship, float]:
-    from .statistics import pool
+def _compare(models: Sequence[Model], b: Model, threads: int | None) -> dict[tuple[str, str], tuple[Kinship, float]]:
+    """Each model with `b`, in one pass over them: how they belong together, and ||model - b|| / ||b||. By the two labels."""
+    commons = [common_tensors([b, m]) for m in models]
+    matrices = [matmul_weights(b.shapes, common.names) for common in commons]
+    holders: dict[str, list[int]] = {}
+    for i, names in enumerate(matrices):
+        for name in names:
+            holders.setdefault(name, []).append(i)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, held in holders.items():
+        groups.setdefault(tuple(held), []).append(name)
+    found: list[dict[str, tuple[Statistics, int]]] = [{} for _ in models]  # statistics that have the model, and its place in them
+    for held, names in groups.items():
+        for name, s in scan(b, [models[i] for i in held], names, threads=threads).items():
+            for place, i in enumerate(held):
+                found[i][name] = (s, place)
+    return {
+        (m.label, b.label): _judge(m.label, b.label, {name: own[name] for name in names}, common.problems)
+        for m, own, names, common in zip(models, found, matrices, commons)
+    }
 
-    common = common_tensors([b, a])
-    found = scan(b, [a], matmul_weights(b.shapes, common.names), threads=threads)
-    cosines = {name: s.weight_cosine(0) for name, s in found.items()}
-    kinship = judge_pair(a.label, b.label, cosines, _identical(found), common.problems)
-    return kinship, pool(found.values(), 1).relative(0) if found else math.nan
 
-
-def _identical(found: Mapping[str, Statistics]) -> list[str]:
-    return [name for name, s in found.items() if s.changed(0) == 0]
+def _judge(a: str, b: str, found: Mapping[str, tuple[Statistics, int]], problems: Sequence[str]) -> tuple[Kinship, float]:
+    cosines = {name: s.weight_cosine(i) for name, (s, i) in found.items()}
+    identical = [name for name, (s, i) in found.items() if s.changed(i) == 0]
+    moved = math.sqrt(sum(s.product(i + 1, i + 1) for s, i in found.values()))
+    size = math.sqrt(sum(s.product(0, 0) for s, _ in found.values()))
+    distance = moved / size if size else math.nan if not found else math.inf if moved else 0.0
+    return judge_pair(a, b, cosines, identical, problems), distance

@@ -29,6 +29,14 @@ class Statistics:
     sums: Tensor
     counts: Tensor
 
+    def add(self, part: Statistics) -> None:
+        """Add those of a part of the same tensor, in place; `numel` is that of the whole already."""
+        top = slice(2 * self.models, 3 * self.models)
+        largest = torch.maximum(self.counts[top], part.counts[top])  # keys of one compute dtype
+        self.sums.add_(part.sums)
+        self.counts.add_(part.counts)
+        self.counts[top] = largest
+
     def product(self, a: int, b: int) -> float:
         """A dot product: 0 is the base, i + 1 the delta of model i."""
         a, b = min(a, b), max(a, b)

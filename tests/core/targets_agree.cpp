@@ -5,6 +5,7 @@
 #include <random>
 #include <vector>
 
+#include "diagnose.h"
 #include "dispatch.h"
 #include "kl.h"
 #include "merge.h"
@@ -144,6 +145,42 @@ std::vector<unsigned char> RunKlJob(uint64_t seed, const std::string& target) {
   return result;
 }
 
+// The same of random statistics: sums and counts, of a few models or many, twice over.
+std::vector<unsigned char> RunDiagnoseJob(uint64_t seed, const std::string& target) {
+  SelectTarget(target);
+  rng.seed(seed);
+  DiagnoseJob job;
+  job.in.n = Pick(0, 3) ? Pick(0, 2500) : Pick(8000, 20000);
+  job.in.models = static_cast<int>(Pick(0, 3) ? Pick(1, 4) : Pick(5, 11));
+  const bool uniform = Pick(0, 1);
+  const DType shared = AnyDType();
+  std::vector<std::vector<unsigned char>> data;
+  auto input = [&] {
+    const DType d = uniform ? shared : AnyDType();
+    data.push_back(RandomTensor(job.in.n, d));
+    job.in.f64 |= d == DType::kF64;
+    return Input{data.back().data(), d};
+  };
+  if (Pick(0, 3)) job.in.base = input();
+  for (int m = 0; m < job.in.models; ++m) job.in.model[m] = input();
+  for (int m = 0; m < job.in.models; ++m) {
+    const float threshold = static_cast<float>(Pick(0, 5)) / 2;
+    const double wide = threshold;
+    int32_t key;
+    memcpy(&key, &threshold, sizeof(key));
+    job.selection[m].key = key;
+    if (job.in.f64) memcpy(&job.selection[m].key, &wide, sizeof(wide));
+    job.selection[m].cut = Pick(-1, job.in.n);
+  }
+  std::vector<double> sums(static_cast<size_t>(DiagnoseSums(job.in.models)));
+  std::vector<int64_t> counts(static_cast<size_t>(DiagnoseCounts(job.in.models)));
+  for (int i = 0; i < 2; ++i) DiagnoseTensor(job, 2, sums.data(), counts.data());
+  std::vector<unsigned char> result(sums.size() * sizeof(double) + counts.size() * sizeof(int64_t));
+  memcpy(result.data(), sums.data(), sums.size() * sizeof(double));
+  memcpy(result.data() + sums.size() * sizeof(double), counts.data(), counts.size() * sizeof(int64_t));
+  return result;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -152,7 +189,9 @@ int main(int argc, char** argv) {
   for (const std::string& target : AvailableTargets()) {
     int wrong = 0;
     for (int seed = 0; seed < jobs; ++seed) {
-      wrong += RunJob(seed, target) != RunJob(seed, "scalar") || RunKlJob(seed, target) != RunKlJob(seed, "scalar");
+      const bool same = RunJob(seed, target) == RunJob(seed, "scalar") && RunKlJob(seed, target) == RunKlJob(seed, "scalar") &&
+                        RunDiagnoseJob(seed, target) == RunDiagnoseJob(seed, "scalar");
+      wrong += !same;
     }
     printf("%s: %d jobs, %d differ from scalar\n", target.c_str(), jobs, wrong);
     failed += wrong;

@@ -1,5 +1,7 @@
 """The diagnostics' reduction: every instruction set against the oracle, bit for bit, and the oracle against numbers worked out by hand."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -75,6 +77,43 @@ def test_any_input(data):
         assert_same(base, models, selection, times=2)
     finally:
         native.use_isa("")
+
+
+@pytest.mark.parametrize("exponent", [-149, -80, -41, -40, 0, 49, 50, 51, 126])
+def test_sums_of_any_size_are_near_the_exact_ones(isa, exponent):
+    """2^-17 of the product of the norms, whether a block is added in fp32 or, of extreme numbers, in fp64."""
+    torch.manual_seed(4)
+    n, scale = 3 * 4096 + 100, 2.0**exponent
+    vectors = [torch.rand(n, dtype=torch.float64) * 2 - 1 for _ in range(4)]
+    vectors[3] = vectors[2] + 1e-3 * vectors[3]
+    base, *deltas = [(v / v.abs().max() * scale).float() for v in vectors]
+    base[4096:8192] = 0
+    models = [base + d for d in deltas]
+    deltas = [(m - base).double() for m in models]
+    selection = torch.tensor([[0, n]] * 3)
+    assert_same(base, models, selection)
+    sums = statistics(native_diagnose.diagnose, base, models, selection)[0].tolist()
+    exact = [base.double(), *deltas]
+    for a in range(4):
+        for b in range(a, 4):
+            want = float((exact[a] * exact[b]).sum())
+            assert abs(sums.pop(0) - want) <= 2**-17 * float(exact[a].norm() * exact[b].norm()), (a, b)
+    norms = [float(d.abs().sum()) for d in deltas]
+    for got, want in zip(sums, [*norms, float(sum(deltas).abs().sum())], strict=True):
+        assert abs(got - want) <= 2**-17 * sum(norms)
+
+
+def test_infinities_and_nans_are_seen(isa):
+    """Sums that are not finite say so; counts and the other models' sums are as ever."""
+    for wrong in (math.inf, -math.inf, math.nan):
+        for n in (100, 5000):
+            models = [torch.ones(n), torch.ones(n)]
+            models[1][7] = wrong
+            for base in (torch.zeros(n), None):
+                sums, counts = statistics(native_diagnose.diagnose, base, models, torch.tensor([[0, n]] * 2))
+                want = statistics(reference_diagnose.diagnose, base, models, torch.tensor([[0, n]] * 2))
+                assert not math.isfinite(sums[5]) and sums[3] == n
+                assert counts.tolist() == want[1].tolist()
 
 
 def test_threads_and_pieces_do_not_matter():

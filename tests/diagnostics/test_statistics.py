@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 
 import pymerge
 from pymerge import diagnostics as D
+from pymerge.checkpoint.format import CheckpointError
+from pymerge.checkpoint.reader import open_checkpoint
 from tests.checkpoint.files import save_model, tensors_of
 
 
@@ -95,6 +98,32 @@ def test_files_give_what_memory_gives(tmp_path):
     assert estimated.total.excess_conflict == pytest.approx(exact.total.excess_conflict, abs=0.01)
 
 
+def test_files_that_cannot_be_read_as_they_are(tmp_path):
+    """A transposed tensor in a pickle, and fp8, are brought into order and widened first, beside models that the core reads by itself."""
+    base = {"a": torch.randn(300, 500, generator=torch.Generator().manual_seed(1)), "b": torch.randn(9).to(torch.float8_e4m3fn)}
+    one, two = tuned_from(base, 1), tuned_from(base, 2)
+    save_model(tmp_path / "base", base)
+    save_model(tmp_path / "one", one)
+    (tmp_path / "two").mkdir()
+    torch.save({"a": two["a"].t().contiguous().t(), "b": two["b"]}, tmp_path / "two" / "pytorch_model.bin")
+    memory = D.interference_report(base, [one, two], trim=1).statistics
+    files = D.interference_report(tmp_path / "base", [tmp_path / "one", tmp_path / "two"], trim=1).statistics
+    for name in base:
+        assert files[name].sums.tolist() == memory[name].sums.tolist() and files[name].counts.tolist() == memory[name].counts.tolist()
+
+
+@pytest.mark.parametrize("trim", [0.2, 1])
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path, trim):
+    base = {"a": torch.randn(400, 500, generator=torch.Generator().manual_seed(1)).bfloat16()}
+    for name in ("base", "one"):
+        save_model(tmp_path / name, base)
+    opened = open_checkpoint(tmp_path / "one")
+    opened.read_into(opened.tensors["a"], memoryview(bytearray(2)))
+    os.truncate(opened.files[0], os.path.getsize(opened.files[0]) - 1000)
+    with pytest.raises(CheckpointError, match="model.safetensors: ends at byte .* inside tensor 'a'"):
+        D.interference_report(tmp_path / "base", {"one": opened}, trim=trim)
+
+
 def test_drift():
     base = {"model.layers.0.w": torch.full((3, 3), 2.0), "model.layers.1.w": torch.ones(4, 4), "n": torch.arange(3)}
     tuned = {**base, "model.layers.0.w": base["model.layers.0.w"] + torch.eye(3)}
@@ -138,6 +167,16 @@ def test_shared_base_on_trained_networks():
     check = D.check_shared_base({"a": tuned[0]}, {"wrong": stranger, "right": base})
     assert check.nearest == {"a": "right"} and check.verdict == "PASS" and "a is nearest to right" in check.to_text()
     json.dumps(check.to_dict())
+    # All models with a base at once: as each by itself, also where they do not have the same tensors.
+    del tuned[1]["2.weight"]
+    models, bases = {"a": tuned[0], "b": tuned[1], "stranger": stranger}, {"wrong": stranger, "right": base}
+    check = D.check_shared_base(models, bases)
+    for pair in check.pairs:
+        alone = D.check_shared_base({pair.a: models[pair.a]}, {pair.b: bases[pair.b]})
+        assert alone.pairs == (pair,) and alone.distances[pair.a][pair.b] == check.distances[pair.a][pair.b]
+    assert [(p.a, p.b) for p in check.pairs] == [(a, b) for a in models for b in bases]
+    check = D.check_shared_base(models)
+    assert [(p.a, p.b, p.verdict) for p in check.pairs] == [("a", "b", "PASS"), ("a", "stranger", "FAIL"), ("b", "stranger", "FAIL")]
 
 
 def test_shared_base_finds_a_swapped_layer_and_shapes():
