@@ -31,19 +31,19 @@ def draw(result: dict, folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    # Text as text is a tenth of the size, and a fixed salt and no date make the file depend on the result alone.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pymerge", "font.size": 9, "axes.spines.top": False})
-    matplotlib.rcParams["axes.spines.right"] = False
     import matplotlib.pyplot as plt
 
+    # Text as text is a tenth of the size, and a fixed salt and no date make the file depend on the result alone.
+    style = {"svg.fonttype": "none", "svg.hashsalt": "pymerge", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, picture in (("roofline", _roofline), ("speedup", _speedup), ("scaling", _scaling)):
-        figure = picture(plt, result)
-        if figure is not None:
-            drawn.append(folder / f"{name}.svg")
-            figure.savefig(drawn[-1], metadata={"Date": None})
-            plt.close(figure)
+    with matplotlib.rc_context(style):
+        for name, picture in (("roofline", _roofline), ("speedup", _speedup), ("scaling", _scaling)):
+            figure = picture(plt, result)
+            if figure is not None:
+                drawn.append(folder / f"{name}.svg")
+                figure.savefig(drawn[-1], metadata={"Date": None})
+                plt.close(figure)
     return drawn
 
 
