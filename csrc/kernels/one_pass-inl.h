@@ -31,6 +31,7 @@ inline bool MergeCountingPiece(const Run<L>& run, const Thresholds<L>& at, const
                                bool stream, Tally<L>* tally, uint32_t (*inside)[kGroups]) {
   using Vec = typename L::Vec;
   using R = typename L::Real;
+  constexpr int64_t kLine = 64, kAhead = 8 * kLine, kSize = sizeof(T);
   const int models = kModels ? kModels : run.models;
   const Vec one = L::Set(R(1));
   constexpr int kRegisters = kModels ? kModels : kMaxModels;
@@ -41,6 +42,11 @@ inline bool MergeCountingPiece(const Run<L>& run, const Thresholds<L>& at, const
     typename L::template Pair<T> b = base ? L::LoadPair(base + i) : typename L::template Pair<T>{};
     typename L::template Pair<T> raw[kRegisters];
     for (int m = 0; m < models; ++m) raw[m] = L::LoadPair(x[m] + i);
+    // So much is done per line that out-of-order execution does not reach the next ones, and the hardware's prefetcher alone is late.
+    for (int64_t next = i + kAhead / kSize; next < i + kAhead / kSize + 2 * L::kLanes; next += kLine / kSize) {
+      if (base) __builtin_prefetch(base + next);
+      for (int m = 0; m < models; ++m) __builtin_prefetch(x[m] + next);
+    }
     Vec result[2];
     uint64_t bits[2][kRegisters];
     const auto merge_half = [&](auto half) {
