@@ -174,7 +174,7 @@ bool MergeCountingAs(const MergeJob& job, const Run<L>& run, const Bracket* brac
   };
   const std::true_type yes;
   const std::false_type no;
-  if (weighted) return with_models(yes, no);
+  if (weighted) return tight ? with_models(yes, yes) : with_models(yes, no);
   return tight ? with_models(no, yes) : with_models(no, no);
 }
 
