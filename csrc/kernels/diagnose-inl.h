@@ -244,7 +244,8 @@ template <class R>
 inline void KeepTies(const R* delta, int64_t ties, int64_t key, KeptWords* kept) {
   for (int64_t i = 0; i < ties; ++i) {
     const auto equal = static_cast<uint64_t>(ScalarLanes<R>::KeysOf(delta[i]) == key);
-    (delta[i] > 0 ? kept->positive : kept->negative)[i / 64] |= equal << (i % 64);
+    uint64_t* words = delta[i] > 0 ? kept->positive : kept->negative;  // GCC 12's sanitizer cannot choose between the arrays themselves
+    words[i / 64] |= equal << (i % 64);
   }
 }
 
