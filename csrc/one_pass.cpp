@@ -21,6 +21,7 @@
 
 #include "arena.h"
 #include "dispatch.h"
+#include "sample.h"
 #include "thread_pool.h"
 
 namespace pymerge {
@@ -164,14 +165,9 @@ class OnePass {
 
   bool Sample(Model* model, int m) {
     constexpr int kRun = 16;  // a line of the cache or two
-    const int64_t runs = std::clamp<int64_t>(n_ / 256 / kRun, 128, 2048), stride = n_ / runs;
+    const int64_t runs = std::clamp<int64_t>(n_ / 256 / kRun, 128, 2048);
     std::vector<Key> ordered(static_cast<size_t>(runs * kRun));
-    uint64_t hash = 0x9E3779B97F4A7C15u;
-    for (int64_t r = 0; r < runs; ++r) {
-      hash ^= hash << 13, hash ^= hash >> 7, hash ^= hash << 17;
-      const int64_t begin = r * stride + static_cast<int64_t>(hash % static_cast<uint64_t>(stride - kRun + 1));
-      kernels_.keys(job_.in, m, begin, begin + kRun, ordered.data() + r * kRun);
-    }
+    ForEachRun(n_, kRun, runs, [&](int64_t r, int64_t begin) { kernels_.keys(job_.in, m, begin, begin + kRun, ordered.data() + r * kRun); });
     std::vector<Key> sample = ordered;
     const int64_t size = runs * kRun;
     const double p = static_cast<double>(plan_.counts[m]) / static_cast<double>(n_), middle = p * static_cast<double>(size);

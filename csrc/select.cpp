@@ -24,6 +24,7 @@
 
 #include "arena.h"
 #include "dispatch.h"
+#include "sample.h"
 #include "select_cached.h"
 #include "thread_pool.h"
 
@@ -82,13 +83,7 @@ class Selector final : public StreamedSelection {
     }
     if (searches_.empty() || n <= kSmall) return;
     runs = std::clamp<int64_t>(n / 64 / run, 16, runs);
-    const int64_t stride = n / runs;
-    uint64_t hash = 0x9E3779B97F4A7C15u;
-    for (int64_t r = 0; r < runs; ++r) {
-      hash ^= hash << 13, hash ^= hash >> 7, hash ^= hash << 17;
-      const int64_t begin = r * stride + static_cast<int64_t>(hash % static_cast<uint64_t>(stride - run + 1));
-      ranges_.push_back({begin, begin + run});
-    }
+    ForEachRun(n, run, runs, [&](int64_t, int64_t begin) { ranges_.push_back({begin, begin + run}); });
   }
 
   // Collected keys go to a workspace that others may use later, instead of the selector's own.

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "dispatch.h"
+#include "sample.h"
 #include "thread_pool.h"
 
 namespace pymerge {
@@ -104,13 +105,8 @@ class CachedSelection {
   static constexpr size_t kBlocks = kMostCached / kSumBlock;
 
   void Guess(int64_t k) {
-    const int64_t runs = std::max<int64_t>(n_ / 64 / kRun, 16), stride = n_ / runs, size = runs * kRun;
-    uint64_t hash = 0x9E3779B97F4A7C15u;
-    for (int64_t r = 0; r < runs; ++r) {
-      hash ^= hash << 13, hash ^= hash >> 7, hash ^= hash << 17;
-      const int64_t begin = r * stride + static_cast<int64_t>(hash % static_cast<uint64_t>(stride - kRun + 1));
-      kernels_.keys(in_, model_, begin, begin + kRun, keys_ + r * kRun);
-    }
+    const int64_t runs = std::max<int64_t>(n_ / 64 / kRun, 16), size = runs * kRun;
+    ForEachRun(n_, kRun, runs, [&](int64_t r, int64_t begin) { kernels_.keys(in_, model_, begin, begin + kRun, keys_ + r * kRun); });
     const double p = static_cast<double>(k) / static_cast<double>(n_), rank = p * static_cast<double>(size);
     const double spread = kSpread * std::sqrt(rank * (1 - p)) + 2;
     const auto nth = [&](double r, int64_t first, int64_t last) {

@@ -100,6 +100,14 @@ inline bool MergeCountingPiece(const Run<L>& run, const Thresholds<L>& at, const
   return !L::Count(suspect);
 }
 
+// Counts a key inside a bracket, and writes it down while there is room.
+inline void Note(int32_t key, int32_t middle, int64_t place, Collected* into) {
+  into->upper += key > middle;
+  if (into->count++ >= into->room) return;
+  into->keys[into->count - 1] = key;
+  into->index[into->count - 1] = static_cast<uint16_t>(place);
+}
+
 // Writes down what a piece's words say is inside a bracket.
 template <class L, class T>
 inline void CollectInside(const uint32_t* inside, const T* base, const T* x, int32_t groups, int32_t first, int32_t middle,
@@ -109,15 +117,12 @@ inline void CollectInside(const uint32_t* inside, const T* base, const T* x, int
     for (uint32_t word = inside[g]; word; word &= word - 1) {
       const int32_t i = g * 2 * L::kLanes + L::template ElementOfBit<T>(__builtin_ctz(word));
       const int32_t key = S::KeysOf(S::Sub(S::Load(x + i), base ? S::Load(base + i) : 0.0f));
-      into->upper += key > middle;
-      if (into->count++ < into->room) {
-        into->keys[into->count - 1] = key;
-        into->index[into->count - 1] = static_cast<uint16_t>(first + i);
-      }
+      Note(key, middle, first + i, into);
     }
   }
 }
 
+// A number of elements that is a multiple of 2 * kLanes.
 template <class L, int kModels, bool kWeighted, bool kTight, class T>
 bool MergeCountingRange(const MergeJob& job, const Run<L>& run, const Bracket* brackets, int64_t begin, int64_t end, Collected* collected) {
   constexpr int64_t kPiece = 2 * L::kLanes * kGroups;
@@ -134,10 +139,9 @@ bool MergeCountingRange(const MergeJob& job, const Run<L>& run, const Bracket* b
   const T* base = At<T>(job.in.base, begin);
   T* out = static_cast<T*>(job.out.data) + begin;
   const bool stream = job.stream && reinterpret_cast<uintptr_t>(out) % (2 * L::kLanes * sizeof(T)) == 0;
-  const int64_t whole = (end - begin) / (2 * L::kLanes) * (2 * L::kLanes);
   bool finite = true;
-  for (int64_t i = 0; i < whole; i += kPiece) {
-    const int64_t n = whole - i < kPiece ? whole - i : kPiece;
+  for (int64_t i = 0; i < end - begin; i += kPiece) {
+    const int64_t n = end - begin - i < kPiece ? end - begin - i : kPiece;
     const T* x[kMaxModels];
     for (int m = 0; m < run.models; ++m) x[m] = At<T>(job.in.model[m], begin) + i;
     finite &= MergeCountingPiece<L, kModels, kWeighted, kTight, T>(run, at, base ? base + i : nullptr, x, out + i, n, stream, &tally, inside);
@@ -200,11 +204,7 @@ bool MergeCounting(const MergeJob& job, const Bracket* brackets, uint64_t keep_e
       into.kept += keys[i] > run.above[m];
       into.equal += keys[i] == middle;
       if (keys[i] < brackets[m].lo || keys[i] > brackets[m].hi || keys[i] == middle) continue;
-      into.upper += keys[i] > middle;
-      if (into.count++ < into.room) {
-        into.keys[into.count - 1] = keys[i];
-        into.index[into.count - 1] = static_cast<uint16_t>(whole - begin + i);
-      }
+      Note(keys[i], middle, whole - begin + i, &into);
     }
   }
   return finite;
