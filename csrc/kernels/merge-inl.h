@@ -130,6 +130,37 @@ inline typename L::Key MergeRun(const Run<L>& run, const T* base, const T* const
   return L::ReduceMax(largest);
 }
 
+// The same for whole deltas without an election (linear, task arithmetic), with less to do for an element: merging so few models on two cores
+// is bound by memory only if nothing is done twice. `count` is a multiple of 2 * kLanes. Returns false if some result may not be finite, which
+// it is not where a delta is not; then `out` has to be written again, as StorePair does not round NaN.
+template <class L, class T>
+inline bool MergeWhole(const Run<L>& run, const T* base, const T* const* x, T* out, int64_t count, bool stream) {
+  using Vec = typename L::Vec;
+  const Vec scale = L::Set(run.scale), total = L::Set(run.count_kept ? static_cast<typename L::Real>(run.models) : run.total);
+  auto largest = L::SetKey(0);
+  for (int64_t i = 0; i < count; i += 2 * L::kLanes) {
+    const auto b = base ? L::LoadPair(base + i) : typename L::template Pair<T>{};
+    const Vec from[2] = {L::Half(b, 0), L::Half(b, 1)};
+    Vec sum[2] = {L::Zero(), L::Zero()};
+    for (int m = 0; m < run.models; ++m) {
+      const auto pair = L::LoadPair(x[m] + i);
+      const Vec weight = L::Set(run.weight[m]);
+      for (int h = 0; h < 2; ++h) sum[h] = L::Add(sum[h], L::Mul(L::Sub(L::Half(pair, h), from[h]), weight));
+    }
+    for (int h = 0; h < 2; ++h) {
+      if (run.divided) sum[h] = L::Div(sum[h], total);
+      sum[h] = L::Add(from[h], L::Mul(sum[h], scale));
+    }
+    largest = L::Max(largest, L::KeysOf(L::Add(sum[0], sum[1])));
+    if (stream) {
+      L::StreamPair(out + i, sum[0], sum[1]);
+    } else {
+      L::StorePair(out + i, sum[0], sum[1]);
+    }
+  }
+  return L::ReduceMax(largest) < KeyOf<typename L::Real>::kInfinity;
+}
+
 // Merges [begin, begin + count) of one block by way of scratch in the compute dtype: mixed dtypes, tails.
 template <class L, Vote kVote, Sparsify kSparsify>
 typename L::Key MergeThroughScratch(const MergeJob& job, const Run<L>& run, int64_t begin, int64_t count, int64_t* balance) {
@@ -190,6 +221,13 @@ typename L::Key MergeSpan(const MergeJob& job, Run<L>& run, bool direct, int64_t
       const T* x[kMaxModels];
       for (int m = 0; m < run.models; ++m) x[m] = At<T>(job.in.model[m], i);
       T* out = static_cast<T*>(job.out.data) + i;
+      if constexpr (kVote == Vote::kNone && kSparsify == Sparsify::kNone && std::is_same_v<L, Lanes>) {
+        const bool stream = job.stream && reinterpret_cast<uintptr_t>(out) % (2 * L::kLanes * sizeof(T)) == 0;
+        if (whole == kBlock && !run.rescaled && MergeWhole<L, T>(run, At<T>(job.in.base, i), x, out, whole, stream)) {
+          i = stop;
+          continue;
+        }
+      }
       const Key top = MergeRun<L, kVote, kSparsify, T>(run, At<T>(job.in.base, i), x, out, whole, job.stream && Streamable<L>(out), balance);
       largest = top > largest ? top : largest;
     }
