@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import ops
+from . import fresh, ops
 from .finite import raise_if_not_finite
 from .spec import MergeSpec
 
@@ -43,9 +43,9 @@ class Job(NamedTuple):
         if self.out is not None:
             return self.out
         like = self.models[0]
-        if like.dtype is self.dtype and type(like) in ops.PLAIN and like.is_contiguous():
+        if like.dtype is self.dtype and type(like) in ops.PLAIN and like.is_contiguous() and like.nbytes < fresh.LARGE:
             return torch.empty_like(like)  # the same in a third of the time
-        return torch.empty(like.shape, dtype=self.dtype, device=like.device)
+        return fresh.empty(like.shape, self.dtype, like.device)
 
 
 def in_one_go(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import fresh
 from .native import _arg, _core
 
 __all__ = ["backward", "forward"]
@@ -51,7 +52,7 @@ def backward(
     """See :func:`pymerge.reference_kl.backward`; into `out`, which may be the logits themselves, if given. All tensors contiguous."""
     rows, vocab = student.shape
     if out is None:
-        out = torch.empty_like(teacher if of_teacher else student)
+        out = fresh.empty(student.shape, (teacher if of_teacher else student).dtype, student.device)
     options = _options(kind, beta, temperature)
     addresses = (_address(weight), _address(stats), _address(grad))
     _core.kl_backward(rows, vocab, _arg(student), _arg(teacher), options, *addresses, of_teacher, _arg(out), torch.get_num_threads())

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import fresh, reference
 from .conventions import Convention
 from .finite import NonFiniteError, raise_if_not_finite
 from .spec import MergeSpec
@@ -251,7 +251,7 @@ def _target(
         return prepared(out), True
     # fp8 is rounded afterwards, from the dtype of the arithmetic: once, also when that is fp64.
     wide = dtype if dtype in COMPUTED else reference.compute_dtype(given)
-    return torch.empty(like.numel(), dtype=wide, device=like.device), False
+    return fresh.empty((like.numel(),), wide, like.device), False
 
 
 def _finished(target: Tensor, shape: torch.Size, dtype: torch.dtype, out: Tensor | None) -> Tensor:

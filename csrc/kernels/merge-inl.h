@@ -134,8 +134,13 @@ inline typename L::Key MergeRun(const Run<L>& run, const T* base, const T* const
 // is bound by memory only if nothing is done twice. `count` is a multiple of 2 * kLanes. Returns false if some result may not be finite, which
 // it is not where a delta is not; then `out` has to be written again, as StorePair does not round NaN.
 template <class L, class T>
-inline bool MergeWhole(const Run<L>& run, const T* base, const T* const* x, T* out, int64_t count, bool stream) {
+inline bool MergeWhole(const MergeJob& job, const Run<L>& run, int64_t begin, int64_t count) {
   using Vec = typename L::Vec;
+  const T* base = At<T>(job.in.base, begin);
+  const T* x[kMaxModels];
+  for (int m = 0; m < run.models; ++m) x[m] = At<T>(job.in.model[m], begin);
+  T* out = static_cast<T*>(job.out.data) + begin;
+  const bool stream = job.stream && reinterpret_cast<uintptr_t>(out) % (2 * L::kLanes * sizeof(T)) == 0;
   const Vec scale = L::Set(run.scale), total = L::Set(run.count_kept ? static_cast<typename L::Real>(run.models) : run.total);
   auto largest = L::SetKey(0);
   for (int64_t i = 0; i < count; i += 2 * L::kLanes) {
@@ -216,18 +221,15 @@ typename L::Key MergeSpan(const MergeJob& job, Run<L>& run, bool direct, int64_t
       }
       run.keep = &keep;
     }
+    if constexpr (kVote == Vote::kNone && kSparsify == Sparsify::kNone && std::is_same_v<L, Lanes>) {
+      const int64_t pairs = direct && !run.rescaled ? (stop - i) / (2 * L::kLanes) * (2 * L::kLanes) : 0;
+      if (MergeWhole<L, T>(job, run, i, pairs)) i += pairs;
+    }
     const int64_t whole = direct ? (stop - i) / L::kLanes * L::kLanes : 0;
     if (whole) {
       const T* x[kMaxModels];
       for (int m = 0; m < run.models; ++m) x[m] = At<T>(job.in.model[m], i);
       T* out = static_cast<T*>(job.out.data) + i;
-      if constexpr (kVote == Vote::kNone && kSparsify == Sparsify::kNone && std::is_same_v<L, Lanes>) {
-        const bool stream = job.stream && reinterpret_cast<uintptr_t>(out) % (2 * L::kLanes * sizeof(T)) == 0;
-        if (whole == kBlock && !run.rescaled && MergeWhole<L, T>(run, At<T>(job.in.base, i), x, out, whole, stream)) {
-          i = stop;
-          continue;
-        }
-      }
       const Key top = MergeRun<L, kVote, kSparsify, T>(run, At<T>(job.in.base, i), x, out, whole, job.stream && Streamable<L>(out), balance);
       largest = top > largest ? top : largest;
     }

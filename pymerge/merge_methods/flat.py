@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import fresh, ops
 from ..finite import raise_if_not_finite
 from ..reference import compute_dtype, round_to
 
@@ -74,7 +74,7 @@ class Flat:
 
     def write(self, result: Callable[[slice], Tensor], dtype: torch.dtype, out: Tensor | None, unit: int = 1) -> Tensor:
         """The tensor whose elements `at` are ``result(at)``, rounded once to `dtype`; in `out` where that is given."""
-        to = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None or not out.is_contiguous() else out.detach()
+        to = fresh.empty(self.shape, dtype, self.device) if out is None or not out.is_contiguous() else out.detach()
         flat = to.view(-1)
         for at in self.pieces(unit):
             flat[at] = round_to(result(at), dtype)

@@ -135,6 +135,22 @@ def test_reports_values_that_are_not_finite(isa, dtype):
                 bad[n - 1] = 1.0
 
 
+@pytest.mark.parametrize("elect", [False, True])
+def test_what_is_not_finite_spoils_no_other_element(isa, dtype, elect):
+    torch.manual_seed(9)
+    nan, inf, largest = float("nan"), float("inf"), torch.finfo(dtype).max
+    for n in (40, 1024, 2100):
+        base, *models = [torch.randn(n).to(dtype) for _ in range(3)]
+        models[0][n // 2], models[1][n - 1], models[1][n // 3], base[n // 4], base[3] = nan, inf, -inf, inf, -largest
+        models[0][3] = largest  # a delta that overflows
+        for weights, scale in [((1.0, 1.0), 1.0), ((0.0, 2.0), 0.0)]:
+            spec = MergeSpec(weights, (1.0, 1.0), elect=elect, scale=scale)
+            out, want = torch.full((n,), 7.0, dtype=dtype), reference.merge(base, models, spec, name="", dtype=dtype)
+            assert not native.merge(base, models, spec, out)
+            assert torch.equal(out.isnan(), want.isnan())
+            assert_same_bits(out.nan_to_num(nan=1.0), want.nan_to_num(nan=1.0))
+
+
 def test_halves_are_rounded_once_to_nearest_even(isa):
     # Every fp16 and bf16 value, and the points between neighbours, a little to either side, from fp32 and fp64.
     for dtype in (torch.float16, torch.bfloat16):

@@ -47,6 +47,20 @@ def test_lerp(isa, alpha):
                 assert_same_bits(inplace, reference.lerp(a, b, alpha, da))
 
 
+@pytest.mark.parametrize("alpha", [0.25, 0.75])
+def test_lerp_of_what_is_not_finite_spoils_no_other_element(isa, dtype, alpha):
+    torch.manual_seed(8)
+    for n in (40, 2100):
+        a, b = torch.randn(n).to(dtype), torch.randn(n).to(dtype)
+        a[3], a[n // 2], b[n - 1], b[n // 3] = float("nan"), float("inf"), float("-inf"), float("nan")
+        want = reference.lerp(a, b, alpha, dtype)
+        in_place = a.clone()
+        for out in (torch.full_like(a, 7.0), in_place):
+            assert not native.lerp(in_place if out is in_place else a, b, alpha, out)
+            assert torch.equal(out.isnan(), want.isnan())
+            assert_same_bits(out.nan_to_num(nan=1.0), want.nan_to_num(nan=1.0))
+
+
 def test_lerp_is_exact_at_both_ends_and_at_equality(isa):
     a, b = torch.randn(1000) * 1e6, torch.randn(1000)
     for alpha, want in ((0.0, a), (1.0, b)):
