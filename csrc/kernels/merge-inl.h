@@ -7,7 +7,7 @@
 namespace pymerge {
 namespace PYMERGE_TARGET {
 
-constexpr int kBlock = 1024;  // elements of scratch per tensor: 4 KiB, so that a handful of models stay in the first cache
+constexpr int kBlock = 1024;  // elements that keep bits are drawn for at a time
 
 // Bernoulli keep bits of one block, and one word more so that a tail may read a whole word.
 struct KeepBlock {
@@ -28,6 +28,7 @@ struct Run {
   R total;  // divisor without an election
   R scale;
   bool rescaled, vote_weighted, divided, count_kept;
+  bool ones;  // weights and scale are all 1
   ZeroVote zero_vote;
   const KeepBlock* keep;
 };
@@ -39,6 +40,7 @@ inline Run<L> MakeRun(const MergeJob& job) {
   run.models = job.in.models;
   run.scale = static_cast<R>(job.scale);
   run.rescaled = false;
+  run.ones = run.scale == R(1);
   run.vote_weighted = job.vote_weighted;
   run.divided = job.divisor != Divisor::kNone;
   run.count_kept = job.divisor == Divisor::kCount;
@@ -50,6 +52,7 @@ inline Run<L> MakeRun(const MergeJob& job) {
     run.unit[m] = run.count_kept ? R(1) : run.weight[m];
     run.rescale[m] = static_cast<R>(job.rescale[m]);
     run.rescaled |= run.rescale[m] != R(1);
+    run.ones &= run.weight[m] == R(1);
     run.total += run.weight[m];
     run.above[m] = run.larger[m] = -1;
   }
@@ -130,11 +133,12 @@ inline typename L::Key MergeRun(const Run<L>& run, const T* base, const T* const
   return L::ReduceMax(largest);
 }
 
-// The same for whole deltas without an election (linear, task arithmetic), with less to do for an element: merging so few models on two cores
-// is bound by memory only if nothing is done twice. `count` is a multiple of 2 * kLanes. Returns false if some result may not be finite, which
-// it is not where a delta is not; then `out` has to be written again, as StorePair does not round NaN.
-template <class L, class T>
-inline bool MergeWhole(const MergeJob& job, const Run<L>& run, int64_t begin, int64_t count) {
+// The same for whole deltas without an election (linear, task arithmetic), `count` of them from `begin`, a multiple of 2 * kLanes. Merging so few
+// models on two cores is bound by memory only if nothing is done twice. kOnes: run.ones; the multiplications left out leave time to divide.
+// Returns false if some result may not be finite, which it is not where a delta is not; then all has to be written again, as StorePair does
+// not round NaN.
+template <class L, bool kOnes, class T>
+bool MergeWhole(const MergeJob& job, const Run<L>& run, int64_t begin, int64_t count) {
   using Vec = typename L::Vec;
   const T* base = At<T>(job.in.base, begin);
   const T* x[kMaxModels];
@@ -150,11 +154,14 @@ inline bool MergeWhole(const MergeJob& job, const Run<L>& run, int64_t begin, in
     for (int m = 0; m < run.models; ++m) {
       const auto pair = L::LoadPair(x[m] + i);
       const Vec weight = L::Set(run.weight[m]);
-      for (int h = 0; h < 2; ++h) sum[h] = L::Add(sum[h], L::Mul(L::Sub(L::Half(pair, h), from[h]), weight));
+      for (int h = 0; h < 2; ++h) {
+        const Vec delta = L::Sub(L::Half(pair, h), from[h]);
+        sum[h] = L::Add(sum[h], kOnes ? delta : L::Mul(delta, weight));
+      }
     }
     for (int h = 0; h < 2; ++h) {
       if (run.divided) sum[h] = L::Div(sum[h], total);
-      sum[h] = L::Add(from[h], L::Mul(sum[h], scale));
+      sum[h] = L::Add(from[h], kOnes ? sum[h] : L::Mul(sum[h], scale));
     }
     largest = L::Max(largest, L::KeysOf(L::Add(sum[0], sum[1])));
     if (stream) {
@@ -211,8 +218,9 @@ typename L::Key MergeSpan(const MergeJob& job, Run<L>& run, bool direct, int64_t
   KeepBlock keep;
   const PhiloxKeys keys(job.seed);
   for (int64_t i = begin; i < end;) {
-    const int64_t stop = end < (i / kBlock + 1) * kBlock ? end : (i / kBlock + 1) * kBlock;
+    int64_t stop = end;
     if constexpr (kSparsify == Sparsify::kBernoulli) {
+      if (stop > (i / kBlock + 1) * kBlock) stop = (i / kBlock + 1) * kBlock;
       for (int m = 0; m < run.models; ++m) {
         for (int64_t w = 0; w * 64 < stop - i; ++w) {
           keep.word[m][w] = KeepBits(keys, job.tensor_id, static_cast<uint32_t>(m), job.keep_below[m], job.in.first + i + w * 64);
@@ -223,7 +231,7 @@ typename L::Key MergeSpan(const MergeJob& job, Run<L>& run, bool direct, int64_t
     }
     if constexpr (kVote == Vote::kNone && kSparsify == Sparsify::kNone && std::is_same_v<L, Lanes>) {
       const int64_t pairs = direct && !run.rescaled ? (stop - i) / (2 * L::kLanes) * (2 * L::kLanes) : 0;
-      if (MergeWhole<L, T>(job, run, i, pairs)) i += pairs;
+      if (run.ones ? MergeWhole<L, true, T>(job, run, i, pairs) : MergeWhole<L, false, T>(job, run, i, pairs)) i += pairs;
     }
     const int64_t whole = direct ? (stop - i) / L::kLanes * L::kLanes : 0;
     if (whole) {
