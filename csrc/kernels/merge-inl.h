@@ -222,8 +222,8 @@ typename L::Key MergeSpan(const MergeJob& job, Run<L>& run, bool direct, int64_t
     if constexpr (kSparsify == Sparsify::kBernoulli) {
       if (stop > (i / kBlock + 1) * kBlock) stop = (i / kBlock + 1) * kBlock;
       for (int m = 0; m < run.models; ++m) {
-        for (int64_t w = 0; w * 64 < stop - i; ++w) {
-          keep.word[m][w] = KeepBits(keys, job.tensor_id, static_cast<uint32_t>(m), job.keep_below[m], job.in.first + i + w * 64);
+        for (int64_t w = 0; w * 64 < stop - i; w += 2) {
+          KeepBits(keys, job.tensor_id, static_cast<uint32_t>(m), job.keep_below[m], job.in.first + i + w * 64, keep.word[m] + w);
         }
         keep.word[m][(stop - i + 63) / 64] = 0;
       }

@@ -21,22 +21,23 @@ struct PhiloxKeys {
   }
 };
 
-// Keep bits of the 64 elements from `first`, a multiple of 64: bit e is set iff the draw of element first + e is below `keep_below`.
+// Keep bits of the 128 elements from `first`, a multiple of 128: bit e of the two words is set iff the draw of element first + e is below
+// `keep_below`.
 template <class W = Words>
-inline uint64_t KeepBits(const PhiloxKeys& key, uint32_t tensor_id, uint32_t model, uint64_t keep_below, int64_t first) {
-  if (keep_below >> 32) return ~uint64_t{0};
+inline void KeepBits(const PhiloxKeys& key, uint32_t tensor_id, uint32_t model, uint64_t keep_below, int64_t first, uint64_t* words) {
+  words[0] = words[1] = keep_below >> 32 ? ~uint64_t{0} : 0;
+  if (keep_below >> 32) return;
   const uint64_t group = static_cast<uint64_t>(first) >> 2;
   const auto bound = W::Set(keep_below | keep_below << 32), m0 = W::Set(kPhiloxM0), m1 = W::Set(kPhiloxM1);
-  // The counters' other words are the same for all 16, and so is half of what the first two rounds make of them.
+  // The counters' other words are the same for all 32, and so is half of what the first two rounds make of them.
   const uint64_t id_product = uint64_t{tensor_id} * kPhiloxM1;
   const uint32_t first_c0 = static_cast<uint32_t>(id_product >> 32) ^ static_cast<uint32_t>(group >> 32) ^ static_cast<uint32_t>(key.k0[0]);
   const uint64_t c0_product = uint64_t{first_c0} * kPhiloxM0;
   const auto first_c2 = W::Set(model ^ key.k1[0]);
   const auto second_c0 = W::Set((id_product & 0xFFFFFFFFu) ^ key.k0[1]), second_c2 = W::Set(c0_product >> 32 ^ key.k1[1]);
-  // Two vectors of counters at a time: a round is a chain of about five cycles' latency, which one vector alone would wait for.
-  constexpr int kTogether = 16 / W::kLanes < 2 ? 1 : 2;
-  uint64_t bits = 0;
-  for (int g = 0; g < 16; g += W::kLanes * kTogether) {  // 16 counters of 4 words
+  // A round is a chain of five or six cycles' latency. So many vectors of counters at a time fill it, and the registers.
+  constexpr int kTogether = W::kTogether;
+  for (int g = 0; g < 32; g += W::kLanes * kTogether) {  // 32 counters of 4 words
     typename W::Vec c0[kTogether], c1[kTogether], c2[kTogether], c3[kTogether];
     for (int i = 0; i < kTogether; ++i) {
       const auto p0 = W::MulLow(W::Counters(group + static_cast<uint64_t>(g + i * W::kLanes)), m0);
@@ -55,9 +56,11 @@ inline uint64_t KeepBits(const PhiloxKeys& key, uint32_t tensor_id, uint32_t mod
         c3[i] = p0;
       }
     }
-    for (int i = 0; i < kTogether; ++i) bits |= W::Below(c0[i], c1[i], c2[i], c3[i], bound) << (4 * (g + i * W::kLanes));
+    for (int i = 0; i < kTogether; ++i) {
+      const int at = g + i * W::kLanes;
+      words[at / 16] |= W::Below(c0[i], c1[i], c2[i], c3[i], bound) << (4 * (at % 16));
+    }
   }
-  return bits;
 }
 
 }  // namespace PYMERGE_TARGET

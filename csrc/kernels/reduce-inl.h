@@ -79,8 +79,10 @@ inline void KeptPart(const MergeJob& job, int model, int64_t first, int64_t n, c
     }
   } else {
     const PhiloxKeys keys(job.seed);
+    uint64_t words[2];
     for (int64_t w = 0; w < n; w += 64) {
-      const uint64_t bits = KeepBits(keys, job.tensor_id, static_cast<uint32_t>(model), job.keep_below[model], job.in.first + first + w);
+      if (w % 128 == 0) KeepBits(keys, job.tensor_id, static_cast<uint32_t>(model), job.keep_below[model], job.in.first + first + w, words);
+      const uint64_t bits = words[w / 64 % 2];
       for (int i = 0; i < 64; i += L::kLanes) L::Store(part + w + i, L::Where(L::FromBits(bits >> i), L::Load(magnitude + w + i)));
     }
   }

@@ -168,7 +168,7 @@ struct Lanes {
 // Four 64-bit lanes for Philox: 32-bit words in the low halves, rubbish in the high ones.
 struct Words {
   using Vec = __m256i;
-  static constexpr int kLanes = 4;
+  static constexpr int kLanes = 4, kTogether = 2;
   static Vec Set(uint64_t x) { return _mm256_set1_epi64x(static_cast<int64_t>(x)); }
   // first, first + 1, ...: lane 2 l has the l-th, lane 2 l + 1 the one two after it, as Below unpacks them.
   static Vec Counters(uint64_t first) { return _mm256_add_epi64(Set(first), _mm256_setr_epi64x(0, 2, 1, 3)); }

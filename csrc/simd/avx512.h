@@ -141,7 +141,7 @@ struct Lanes {
 // Eight 64-bit lanes for Philox: 32-bit words in the low halves, rubbish in the high ones.
 struct Words {
   using Vec = __m512i;
-  static constexpr int kLanes = 8;
+  static constexpr int kLanes = 8, kTogether = 4;
   static Vec Set(uint64_t x) { return _mm512_set1_epi64(static_cast<int64_t>(x)); }
   // first, first + 1, ...: lane 2 l has the l-th, lane 2 l + 1 the one four after it, as Below unpacks them.
   static Vec Counters(uint64_t first) { return _mm512_add_epi64(Set(first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7)); }

@@ -8,7 +8,7 @@ namespace PYMERGE_TARGET {
 
 struct Words {
   using Vec = uint64_t;
-  static constexpr int kLanes = 1;
+  static constexpr int kLanes = 1, kTogether = 1;
   static Vec Set(uint64_t x) { return x; }
   static Vec Counters(uint64_t first) { return first; }
   static Vec MulLow(Vec a, Vec b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu); }
