@@ -31,7 +31,7 @@ using Key = int32_t;
 constexpr int64_t kLeastChunk = 1 << 13, kLeastChunks = 64;  // smaller tensors are not worth it
 constexpr int64_t kRoom = 1 << 13;   // keys written down per chunk and model
 constexpr Key kInfinity = 0x7F800000;
-constexpr double kSpread = 6.0;  // half a bracket's width, in standard deviations
+constexpr double kSpread = 6.0;  // half a bracket's width, in standard deviations: a miss costs two passes more
 
 // Of one chunk and model: keys above the guess and equal to it, and all others inside the bracket with their places.
 struct Row {
@@ -170,21 +170,9 @@ class OnePass {
     ForEachRun(n_, kRun, runs, [&](int64_t r, int64_t begin) { kernels_.keys(job_.in, m, begin, begin + kRun, ordered.data() + r * kRun); });
     std::vector<Key> sample = ordered;
     const int64_t size = runs * kRun;
-    const double p = static_cast<double>(plan_.counts[m]) / static_cast<double>(n_), middle = p * static_cast<double>(size);
-    const int64_t rank = std::clamp<int64_t>(static_cast<int64_t>(middle), 0, size - 1);
-    const int64_t spread = static_cast<int64_t>(kSpread * std::sqrt(middle * (1 - p))) + 2;
-    const auto first = sample.begin(), mid = first + rank;
-    std::nth_element(first, mid, sample.end(), std::greater<Key>());
-    Bracket& bracket = model->bracket[0] = {0, *mid, kInfinity};
-    if (rank - spread > 0) {
-      std::nth_element(first, mid - spread, mid, std::greater<Key>());
-      bracket.hi = mid[-spread];
-    }
-    if (rank + spread < size) {
-      std::nth_element(mid, mid + spread, sample.end(), std::greater<Key>());
-      bracket.lo = mid[spread];
-    }
-    int64_t kept_ties = rank, at = 0;
+    const double share = static_cast<double>(plan_.counts[m]) / static_cast<double>(n_);
+    const Bracket& bracket = model->bracket[0] = BracketOfSample(sample.data(), size, share, kSpread);
+    int64_t kept_ties = static_cast<int64_t>(share * static_cast<double>(size)), at = 0;
     for (Key x : ordered) kept_ties -= x > bracket.mid;
     while (at < size && (ordered[at] != bracket.mid || --kept_ties >= 0)) ++at;
     model->ties_end = static_cast<int64_t>(static_cast<double>(at) / static_cast<double>(size) * static_cast<double>(n_));

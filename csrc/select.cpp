@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -246,21 +245,12 @@ class Selector final : public StreamedSelection {
   void Guess(Search* search) const {
     std::vector<Key> sample = std::move(search->sample);
     search->sample.clear();
-    const double size = static_cast<double>(sample.size()), p = static_cast<double>(search->k) / static_cast<double>(n_);
-    const double rank = p * size, spread = spread_ * std::sqrt(size * p * (1 - p)) + 2;
-    auto nth = [&](double r, auto first, auto last) {
-      const auto it = sample.begin() + std::clamp<int64_t>(static_cast<int64_t>(r), 0, static_cast<int64_t>(sample.size()) - 1);
-      std::nth_element(first, it, last, std::greater<Key>());
-      return it;
-    };
-    const auto mid = nth(rank, sample.begin(), sample.end());
-    Bracket& bracket = search->bracket = {0, *mid, kTop};
-    if (rank - spread > 0) bracket.hi = *nth(rank - spread, sample.begin(), mid + 1);
-    if (rank + spread < size - 1) bracket.lo = *nth(rank + spread, mid, sample.end());
+    const int64_t size = static_cast<int64_t>(sample.size());
+    const Bracket& bracket = search->bracket = BracketOfSample(sample.data(), size, static_cast<double>(search->k) / static_cast<double>(n_), spread_);
     const auto inside =
         std::count_if(sample.begin(), sample.end(), [&](Key x) { return x >= bracket.lo && x <= bracket.hi && x != bracket.mid; });
     // Twice as many as expected fit: a sample errs, and its error costs a pass.
-    if (2 * static_cast<double>(inside) / size * static_cast<double>(n_) > static_cast<double>(limit_)) search->UseHistogram(limit_);
+    if (2 * static_cast<double>(inside) / static_cast<double>(size) * static_cast<double>(n_) > static_cast<double>(limit_)) search->UseHistogram(limit_);
   }
 
   // Finds the key and, unless ties are all kept, the chunk where the last one kept lies; or else sets up the next pass.

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <functional>
 #include <limits>
 #include <type_traits>
@@ -21,7 +20,7 @@ constexpr int64_t kDirect = 1 << 12;  // elements up to which all keys are looke
 constexpr int64_t kFew = 256;         // keys of which the k-th is found by comparing them
 constexpr int kDigit = 11;            // bits of a histogram's digit
 constexpr int kRun = 16;              // elements sampled side by side: a cache line or two
-constexpr double kSpread = 3.5;       // half the bracket's width in standard deviations of the sample
+constexpr double kSpread = 3.5;       // half the bracket's width in standard deviations; a miss is cheap here
 
 template <class Key>
 struct Scratch {
@@ -107,17 +106,7 @@ class CachedSelection {
   void Guess(int64_t k) {
     const int64_t runs = std::max<int64_t>(n_ / 64 / kRun, 16), size = runs * kRun;
     ForEachRun(n_, kRun, runs, [&](int64_t r, int64_t begin) { kernels_.keys(in_, model_, begin, begin + kRun, keys_ + r * kRun); });
-    const double p = static_cast<double>(k) / static_cast<double>(n_), rank = p * static_cast<double>(size);
-    const double spread = kSpread * std::sqrt(rank * (1 - p)) + 2;
-    const auto nth = [&](double r, int64_t first, int64_t last) {
-      const int64_t at = std::clamp<int64_t>(static_cast<int64_t>(r), 0, size - 1);
-      std::nth_element(keys_ + first, keys_ + at, keys_ + last, std::greater<Key>());
-      return at;
-    };
-    const int64_t middle = nth(rank, 0, size);
-    bracket_ = {0, keys_[middle], kTop};
-    if (rank - spread > 0) bracket_.hi = keys_[nth(rank - spread, 0, middle + 1)];
-    if (rank + spread < static_cast<double>(size - 1)) bracket_.lo = keys_[nth(rank + spread, middle, size)];
+    bracket_ = BracketOfSample(keys_, size, static_cast<double>(k) / static_cast<double>(n_), kSpread);
   }
 
   // Counts the keys against the bracket, and collects those inside into keys_; false, with another bracket, when the k-th lies outside.
