@@ -15,12 +15,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <functional>
+#include <iterator>
 #include <limits>
 #include <vector>
 
 #include "arena.h"
 #include "dispatch.h"
+#include "rank.h"
 #include "sample.h"
 #include "thread_pool.h"
 
@@ -79,21 +80,21 @@ class Inside {
     rank -= above_;
     if (rank <= 0) return std::numeric_limits<Key>::max();
     std::sort(groups_.begin(), groups_.end(), [](const Group& a, const Group& b) { return a.key > b.key; });
-    auto from = keys_.begin();
+    Key *from = keys_.data(), *const end = from + keys_.size();
     for (const Group& group : groups_) {
-      const auto to = std::partition(from, keys_.end(), [&](Key x) { return x > group.key; });
-      if (rank <= to - from) return Nth(from, to, rank, equal_rank);
+      Key* const to = std::partition(from, end, [&](Key x) { return x > group.key; });
+      if (rank <= to - from) return KthLargest(from, to - from, rank, equal_rank);
       rank -= to - from;
       from = to;
       // A guess of one bracket is a key written down in the other.
-      const auto same = std::partition(from, keys_.end(), [&](Key x) { return x == group.key; });
+      Key* const same = std::partition(from, end, [&](Key x) { return x == group.key; });
       const int64_t count = group.count + (same - from);
       *equal_rank = rank;
       if (rank <= count) return group.key;
       rank -= count;
       from = same;
     }
-    return rank <= keys_.end() - from ? Nth(from, keys_.end(), rank, equal_rank) : -1;
+    return rank <= end - from ? KthLargest(from, end - from, rank, equal_rank) : -1;
   }
 
  private:
@@ -101,13 +102,6 @@ class Inside {
     Key key;
     int64_t count;
   };
-
-  static Key Nth(std::vector<Key>::iterator from, std::vector<Key>::iterator to, int64_t rank, int64_t* equal_rank) {
-    std::nth_element(from, from + (rank - 1), to, std::greater<Key>());
-    const Key key = from[rank - 1];
-    *equal_rank = rank - std::count_if(from, from + (rank - 1), [&](Key x) { return x > key; });
-    return key;
-  }
 
   const Key lo_, hi_;
   int64_t above_ = 0;
@@ -278,7 +272,7 @@ class OnePass {
     for (int64_t c = 0; c < chunks_; ++c) {
       const int64_t here = Equal(RowOf(c, m), BracketOf(c, m), key);
       if (rank <= here) {
-        job_.selection[m].cut = c * chunk_ + IndexOfEqual(c, m, key, rank);
+        job_.selection[m].cut = ElementOfEqual(c, m, key, rank);
         return true;
       }
       rank -= here;
@@ -286,14 +280,12 @@ class OnePass {
     return false;
   }
 
-  // Where in a chunk the rank-th element of that key is.
-  int64_t IndexOfEqual(int64_t chunk, int m, Key key, int64_t rank) const {
+  // Which element the rank-th of a chunk with that key is.
+  int64_t ElementOfEqual(int64_t chunk, int m, Key key, int64_t rank) const {
     const int64_t begin = chunk * chunk_, end = std::min(begin + chunk_, n_);
     std::vector<Key> keys(static_cast<size_t>(end - begin));
     kernels_.keys(job_.in, m, begin, end, keys.data());
-    int64_t i = -1;
-    while (rank) rank -= keys[static_cast<size_t>(++i)] == key;
-    return i;
+    return begin + IndexOfEqual(keys.data(), end - begin, key, rank);
   }
 
   // False if some delta is not finite.
