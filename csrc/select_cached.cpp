@@ -54,7 +54,7 @@ int64_t Gather(const Key* keys, int64_t n, Key lo, Key hi, Key* to) {
 template <class Key>
 Key Kth(Key* keys, int64_t n, int64_t k, Key lo, Key hi, int64_t* rank) {
   while (n > kFew && lo < hi) {
-    Histogram<Key> histogram(lo, hi, kDigitBins);
+    Histogram<Key> histogram(lo, hi, std::min(n, kDigitBins));
     for (int64_t i = 0; i < n; ++i) histogram.Add(keys[i]);
     histogram.Find(&k, &lo, &hi);
     n = Gather(keys, n, lo, hi, keys);
