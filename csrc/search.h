@@ -150,8 +150,8 @@ class Search {
     histogram_.emplace(static_cast<Key>(bracket_.lo), static_cast<Key>(bracket_.hi), bins);
   }
 
-  // The rank_-th largest of the collected keys in [lo, hi], which `inside` are, and then its rank: narrowing histograms, linear in the number
-  // of keys. Returns how many equal it.
+  // The rank_-th largest of the collected keys in [lo, hi], which `inside` are, and then its rank: narrowing histograms, linear in their
+  // number. Returns how many equal it.
   int64_t SelectCollected(Key lo, Key hi, int64_t inside) {
     while (lo < hi) {
       Histogram<Key> histogram(lo, hi, kDigitBins);
