@@ -364,7 +364,7 @@ bool CanMerge(const MergePlan& plan) {
   const int64_t n = job.in.n;
   if (job.sparsify != Sparsify::kMagnitude || job.vote != Vote::kMass || plan.selected || plan.majority || plan.rescaled) return false;
   if (plan.rescale != Rescale::kNone || job.in.f64 || n < kLeastChunk * kLeastChunks || job.out.dtype == DType::kF64) return false;
-  const int64_t bytes = n * (job.out.dtype == DType::kF32 ? 4 : 2);
+  const int64_t bytes = n * BytesOf(job.out.dtype);
   const auto alike = [&](const Input& in) { return in.dtype == job.out.dtype && !Overlap(in.data, job.out.data, bytes); };
   if (job.in.base.data && !alike(job.in.base)) return false;
   for (int m = 0; m < job.in.models; ++m) {
