@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "merge.h"
 #include "thread_pool.h"
 
 namespace pymerge {
@@ -45,8 +46,6 @@ bool ReadAll(int file, int64_t offset, unsigned char* target, size_t bytes) {
   }
   return true;
 }
-
-int64_t SizeOf(DType d) { return d == DType::kF64 ? 8 : d == DType::kF32 ? 4 : 2; }
 
 }  // namespace
 
@@ -92,7 +91,7 @@ int DiagnoseFiles(DiagnoseJob job, bool has_base, const FilePart* parts, double*
       job.in.n = std::min(kChunk, end - begin);
       for (int v = 0; v < vectors; ++v) {
         unsigned char* buffer = scratch + scratch_bytes + static_cast<size_t>(v) * buffer_bytes;
-        const int64_t size = SizeOf(parts[v].dtype);
+        const int64_t size = BytesOf(parts[v].dtype);
         if (!ReadAll(parts[v].file, parts[v].offset + begin * size, buffer, static_cast<size_t>(job.in.n * size))) failed = v;
         (has_base && v == 0 ? job.in.base : job.in.model[v - has_base]) = {buffer, parts[v].dtype};
       }

@@ -12,14 +12,6 @@
 namespace pymerge {
 namespace {
 
-int64_t BytesOf(DType dtype) {
-  switch (dtype) {
-    case DType::kF32: return 4;
-    case DType::kF64: return 8;
-    default: return 2;
-  }
-}
-
 int64_t BytesMoved(const Deltas& in) {
   int64_t bytes = in.base.data ? BytesOf(in.base.dtype) : 0;
   for (int m = 0; m < in.models; ++m) bytes += BytesOf(in.model[m].dtype);
@@ -66,6 +58,8 @@ int64_t CountBalance(const MergeJob& job, int threads) {
 }
 
 }  // namespace
+
+int64_t BytesOf(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
 
 int64_t VoteBalance(MergePlan* plan, int threads) {
   ChooseElements(plan, threads);

@@ -21,6 +21,9 @@ struct MergePlan {
   Rescale rescale = Rescale::kNone;
 };
 
+// Of an element.
+int64_t BytesOf(DType dtype);
+
 // Merges one tensor; false when some delta is not finite. plan.job is completed on the way.
 bool MergeTensor(MergePlan* plan, int threads);
 

@@ -15,12 +15,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <functional>
+#include <iterator>
 #include <limits>
 #include <vector>
 
 #include "arena.h"
 #include "dispatch.h"
+#include "rank.h"
 #include "sample.h"
 #include "thread_pool.h"
 
@@ -31,7 +32,7 @@ using Key = int32_t;
 constexpr int64_t kLeastChunk = 1 << 13, kLeastChunks = 64;  // smaller tensors are not worth it
 constexpr int64_t kRoom = 1 << 13;   // keys written down per chunk and model
 constexpr Key kInfinity = 0x7F800000;
-constexpr double kSpread = 6.0;  // half a bracket's width, in standard deviations
+constexpr double kSpread = 6.0;  // half a bracket's width, in standard deviations: a miss costs two passes more
 
 // Of one chunk and model: keys above the guess and equal to it, and all others inside the bracket with their places.
 struct Row {
@@ -79,21 +80,21 @@ class Inside {
     rank -= above_;
     if (rank <= 0) return std::numeric_limits<Key>::max();
     std::sort(groups_.begin(), groups_.end(), [](const Group& a, const Group& b) { return a.key > b.key; });
-    auto from = keys_.begin();
+    Key *from = keys_.data(), *const end = from + keys_.size();
     for (const Group& group : groups_) {
-      const auto to = std::partition(from, keys_.end(), [&](Key x) { return x > group.key; });
-      if (rank <= to - from) return Nth(from, to, rank, equal_rank);
+      Key* const to = std::partition(from, end, [&](Key x) { return x > group.key; });
+      if (rank <= to - from) return KthLargest(from, to - from, rank, equal_rank);
       rank -= to - from;
       from = to;
       // A guess of one bracket is a key written down in the other.
-      const auto same = std::partition(from, keys_.end(), [&](Key x) { return x == group.key; });
+      Key* const same = std::partition(from, end, [&](Key x) { return x == group.key; });
       const int64_t count = group.count + (same - from);
       *equal_rank = rank;
       if (rank <= count) return group.key;
       rank -= count;
       from = same;
     }
-    return rank <= keys_.end() - from ? Nth(from, keys_.end(), rank, equal_rank) : -1;
+    return rank <= end - from ? KthLargest(from, end - from, rank, equal_rank) : -1;
   }
 
  private:
@@ -101,13 +102,6 @@ class Inside {
     Key key;
     int64_t count;
   };
-
-  static Key Nth(std::vector<Key>::iterator from, std::vector<Key>::iterator to, int64_t rank, int64_t* equal_rank) {
-    std::nth_element(from, from + (rank - 1), to, std::greater<Key>());
-    const Key key = from[rank - 1];
-    *equal_rank = rank - std::count_if(from, from + (rank - 1), [&](Key x) { return x > key; });
-    return key;
-  }
 
   const Key lo_, hi_;
   int64_t above_ = 0;
@@ -170,21 +164,9 @@ class OnePass {
     ForEachRun(n_, kRun, runs, [&](int64_t r, int64_t begin) { kernels_.keys(job_.in, m, begin, begin + kRun, ordered.data() + r * kRun); });
     std::vector<Key> sample = ordered;
     const int64_t size = runs * kRun;
-    const double p = static_cast<double>(plan_.counts[m]) / static_cast<double>(n_), middle = p * static_cast<double>(size);
-    const int64_t rank = std::clamp<int64_t>(static_cast<int64_t>(middle), 0, size - 1);
-    const int64_t spread = static_cast<int64_t>(kSpread * std::sqrt(middle * (1 - p))) + 2;
-    const auto first = sample.begin(), mid = first + rank;
-    std::nth_element(first, mid, sample.end(), std::greater<Key>());
-    Bracket& bracket = model->bracket[0] = {0, *mid, kInfinity};
-    if (rank - spread > 0) {
-      std::nth_element(first, mid - spread, mid, std::greater<Key>());
-      bracket.hi = mid[-spread];
-    }
-    if (rank + spread < size) {
-      std::nth_element(mid, mid + spread, sample.end(), std::greater<Key>());
-      bracket.lo = mid[spread];
-    }
-    int64_t kept_ties = rank, at = 0;
+    const double share = static_cast<double>(plan_.counts[m]) / static_cast<double>(n_);
+    const Bracket& bracket = model->bracket[0] = BracketOfSample(sample.data(), size, share, kSpread);
+    int64_t kept_ties = static_cast<int64_t>(share * static_cast<double>(size)), at = 0;
     for (Key x : ordered) kept_ties -= x > bracket.mid;
     while (at < size && (ordered[at] != bracket.mid || --kept_ties >= 0)) ++at;
     model->ties_end = static_cast<int64_t>(static_cast<double>(at) / static_cast<double>(size) * static_cast<double>(n_));
@@ -290,7 +272,7 @@ class OnePass {
     for (int64_t c = 0; c < chunks_; ++c) {
       const int64_t here = Equal(RowOf(c, m), BracketOf(c, m), key);
       if (rank <= here) {
-        job_.selection[m].cut = c * chunk_ + IndexOfEqual(c, m, key, rank);
+        job_.selection[m].cut = ElementOfEqual(c, m, key, rank);
         return true;
       }
       rank -= here;
@@ -298,14 +280,12 @@ class OnePass {
     return false;
   }
 
-  // Where in a chunk the rank-th element of that key is.
-  int64_t IndexOfEqual(int64_t chunk, int m, Key key, int64_t rank) const {
+  // Which element the rank-th of a chunk with that key is.
+  int64_t ElementOfEqual(int64_t chunk, int m, Key key, int64_t rank) const {
     const int64_t begin = chunk * chunk_, end = std::min(begin + chunk_, n_);
     std::vector<Key> keys(static_cast<size_t>(end - begin));
     kernels_.keys(job_.in, m, begin, end, keys.data());
-    int64_t i = -1;
-    while (rank) rank -= keys[static_cast<size_t>(++i)] == key;
-    return i;
+    return begin + IndexOfEqual(keys.data(), end - begin, key, rank);
   }
 
   // False if some delta is not finite.
@@ -384,7 +364,7 @@ bool CanMerge(const MergePlan& plan) {
   const int64_t n = job.in.n;
   if (job.sparsify != Sparsify::kMagnitude || job.vote != Vote::kMass || plan.selected || plan.majority || plan.rescaled) return false;
   if (plan.rescale != Rescale::kNone || job.in.f64 || n < kLeastChunk * kLeastChunks || job.out.dtype == DType::kF64) return false;
-  const int64_t bytes = n * (job.out.dtype == DType::kF32 ? 4 : 2);
+  const int64_t bytes = n * BytesOf(job.out.dtype);
   const auto alike = [&](const Input& in) { return in.dtype == job.out.dtype && !Overlap(in.data, job.out.data, bytes); };
   if (job.in.base.data && !alike(job.in.base)) return false;
   for (int m = 0; m < job.in.models; ++m) {

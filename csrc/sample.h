@@ -1,7 +1,9 @@
-// Where a sample of a tensor looks.
+// What a sample of a tensor says of its k-th magnitude.
 #pragma once
 
 #include <cstdint>
+
+#include "types.h"
 
 namespace pymerge {
 
@@ -16,5 +18,11 @@ void ForEachRun(int64_t n, int64_t run, int64_t runs, F&& visit) {
     visit(r, r * stride + static_cast<int64_t>(hash % static_cast<uint64_t>(stride - run + 1)));
   }
 }
+
+// Where the k-th largest of n keys is, k = share * n, from a sample of `size` of them, which is reordered: mid is the sample's key at that
+// rank, lo and hi are those `width` standard deviations of the rank among independent elements away, or the least and the largest key there
+// can be. A wider bracket misses the k-th more rarely, and holds more keys. For Key int32_t and int64_t.
+template <class Key>
+Bracket BracketOfSample(Key* sample, int64_t size, double share, double width);
 
 }  // namespace pymerge

@@ -31,14 +31,20 @@ struct Lookup {
 // Deltas::first is the flat index of a part's first element, among all the elements of the selection. Not for several threads at once.
 class StreamedSelection {
  public:
-  // n: elements in all; limit: of keys to collect per model.
+  // For elements in files. n: elements in all; limit: of keys to collect per model.
   static std::unique_ptr<StreamedSelection> Make(int64_t n, const std::vector<int64_t>& counts, bool tie_all, bool f64, int64_t limit);
+  // For elements in memory after all.
+  static std::unique_ptr<StreamedSelection> MakeInMemory(int64_t n, const std::vector<int64_t>& counts, bool tie_all, bool f64);
   virtual ~StreamedSelection() = default;
 
   // Models whose k-th magnitude has to be searched for still: not those of which none or all elements are kept.
   virtual int Searched() const = 0;
   virtual const std::vector<FlatRange>& SampleRanges() const = 0;
-  virtual void Sample(const Deltas& part) = 0;
+  void Sample(const Deltas& part) {
+    for (int s = 0; s < Searched(); ++s) SampleOne(s, part, 0, part.n);
+  }
+  // Elements [begin, end) of a part, for one of the models searched for; those of different models at the same time, if need be.
+  virtual void SampleOne(int search, const Deltas& part, int64_t begin, int64_t end) = 0;
   // After the sample: what will be kept, most likely, ties all included.
   virtual std::vector<Selection> Guesses(int threads) = 0;
   virtual void Add(const std::vector<Deltas>& parts, int threads) = 0;
@@ -49,8 +55,5 @@ class StreamedSelection {
   // Per model: how many elements the guess and the result, if all ties are kept, do not have in common, or more.
   virtual const std::vector<int64_t>& Strayed() const = 0;
 };
-
-// Threads worth waking for work that moves this many bytes.
-int UsefulThreads(int64_t bytes, int threads);
 
 }  // namespace pymerge

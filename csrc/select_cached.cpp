@@ -5,12 +5,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <functional>
 #include <limits>
-#include <type_traits>
 
 #include "dispatch.h"
+#include "rank.h"
 #include "sample.h"
 #include "thread_pool.h"
 
@@ -19,9 +17,8 @@ namespace {
 
 constexpr int64_t kDirect = 1 << 12;  // elements up to which all keys are looked at, without a sample
 constexpr int64_t kFew = 256;         // keys of which the k-th is found by comparing them
-constexpr int kDigit = 11;            // bits of a histogram's digit
 constexpr int kRun = 16;              // elements sampled side by side: a cache line or two
-constexpr double kSpread = 3.5;       // half the bracket's width in standard deviations of the sample
+constexpr double kSpread = 3.5;       // half the bracket's width in standard deviations; a miss is cheap here
 
 template <class Key>
 struct Scratch {
@@ -56,26 +53,15 @@ int64_t Gather(const Key* keys, int64_t n, Key lo, Key hi, Key* to) {
 // The k-th largest of n keys, all in [lo, hi], and its rank among those equal to it, both from 1. Reorders the keys.
 template <class Key>
 Key Kth(Key* keys, int64_t n, int64_t k, Key lo, Key hi, int64_t* rank) {
-  using Unsigned = std::make_unsigned_t<Key>;
   while (n > kFew && lo < hi) {
-    const Unsigned range = static_cast<Unsigned>(hi) - static_cast<Unsigned>(lo);
-    int shift = 0;
-    while (range >> shift >> kDigit) ++shift;
-    const auto digit_of = [&](Key key) { return static_cast<size_t>((static_cast<Unsigned>(key) - static_cast<Unsigned>(lo)) >> shift); };
-    std::array<uint32_t, 1 << kDigit> histogram{};
-    for (int64_t i = 0; i < n; ++i) ++histogram[digit_of(keys[i])];
-    size_t digit = static_cast<size_t>(range >> shift);
-    while (k > histogram[digit]) k -= histogram[digit--];
-    lo = static_cast<Key>(static_cast<Unsigned>(lo) + (static_cast<Unsigned>(digit) << shift));
-    hi = std::min<Key>(hi, static_cast<Key>(lo + ((Key{1} << shift) - 1)));
+    Histogram<Key> histogram(lo, hi, std::min(n, kDigitBins));
+    for (int64_t i = 0; i < n; ++i) histogram.Add(keys[i]);
+    histogram.Find(&k, &lo, &hi);
     n = Gather(keys, n, lo, hi, keys);
   }
+  if (lo < hi) return KthLargest(keys, n, k, rank);
   *rank = k;
-  if (lo == hi) return lo;
-  std::nth_element(keys, keys + (k - 1), keys + n, std::greater<Key>());
-  const Key key = keys[k - 1];
-  for (int64_t i = 0; i < k - 1; ++i) *rank -= keys[i] > key;
-  return key;
+  return lo;
 }
 
 template <class Key>
@@ -97,7 +83,7 @@ class CachedSelection {
     kernels_.keys(in_, model_, 0, n_, keys_);
     std::copy(keys_, keys_ + n_, work_);
     const Key key = Kth(work_, n_, k, Key{0}, kTop, &rank);
-    return {key, tie_all ? n_ - 1 : IndexOf(key, rank, 0, n_)};
+    return {key, tie_all ? n_ - 1 : IndexOfEqual(keys_, n_, key, rank)};
   }
 
  private:
@@ -107,17 +93,7 @@ class CachedSelection {
   void Guess(int64_t k) {
     const int64_t runs = std::max<int64_t>(n_ / 64 / kRun, 16), size = runs * kRun;
     ForEachRun(n_, kRun, runs, [&](int64_t r, int64_t begin) { kernels_.keys(in_, model_, begin, begin + kRun, keys_ + r * kRun); });
-    const double p = static_cast<double>(k) / static_cast<double>(n_), rank = p * static_cast<double>(size);
-    const double spread = kSpread * std::sqrt(rank * (1 - p)) + 2;
-    const auto nth = [&](double r, int64_t first, int64_t last) {
-      const int64_t at = std::clamp<int64_t>(static_cast<int64_t>(r), 0, size - 1);
-      std::nth_element(keys_ + first, keys_ + at, keys_ + last, std::greater<Key>());
-      return at;
-    };
-    const int64_t middle = nth(rank, 0, size);
-    bracket_ = {0, keys_[middle], kTop};
-    if (rank - spread > 0) bracket_.hi = keys_[nth(rank - spread, 0, middle + 1)];
-    if (rank + spread < static_cast<double>(size - 1)) bracket_.lo = keys_[nth(rank + spread, middle, size)];
+    bracket_ = BracketOfSample(keys_, size, static_cast<double>(k) / static_cast<double>(n_), kSpread);
   }
 
   // Counts the keys against the bracket, and collects those inside into keys_; false, with another bracket, when the k-th lies outside.
@@ -165,18 +141,11 @@ class CachedSelection {
       if (rank <= here) {
         const int64_t begin = static_cast<int64_t>(b) * kSumBlock, end = std::min(begin + kSumBlock, n_);
         kernels_.keys(in_, model_, begin, end, keys_);
-        return IndexOf(key, rank, begin, end);
+        return begin + IndexOfEqual(keys_, end - begin, key, rank);
       }
       rank -= here;
       collected += block.collected;
     }
-  }
-
-  // Of elements [begin, end), whose keys are the first in keys_.
-  int64_t IndexOf(Key key, int64_t rank, int64_t begin, int64_t end) const {
-    int64_t i = begin;
-    while (i < end - 1 && (keys_[i - begin] != key || --rank > 0)) ++i;
-    return i;
   }
 
   const Kernels& kernels_;

@@ -143,4 +143,9 @@ void ParallelFor(int64_t count, int threads, const std::function<void(int64_t, i
   for (int64_t i = 0; i < count; ++i) task(i, 0);
 }
 
+int UsefulThreads(int64_t bytes, int threads) {
+  constexpr int64_t kBytesPerThread = 1 << 19;  // waking a thread costs about as much as moving this much
+  return static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, std::clamp(threads, 1, kMaxThreads)));
+}
+
 }  // namespace pymerge

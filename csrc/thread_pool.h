@@ -15,4 +15,7 @@ constexpr int kMaxThreads = 256;
 // everything runs on the caller.
 void ParallelFor(int64_t count, int threads, const std::function<void(int64_t i, int slot)>& task);
 
+// Threads worth waking for work that moves this many bytes.
+int UsefulThreads(int64_t bytes, int threads);
+
 }  // namespace pymerge

@@ -73,10 +73,10 @@ struct BracketCount {
   int64_t collected = 0;
 };
 
-// What a chunk says of one model, next to its merge. upper: of the `count` keys that are inside the bracket and not its mid, those above it.
-// The first `room` of them, and their places in the chunk, are written down.
+// What a chunk says of one model, next to its merge. `count` keys are inside the bracket and not its mid; the first `room` of them, and
+// their places in the chunk, are written down.
 struct Collected {
-  int64_t kept, equal, upper, count;
+  int64_t kept, equal, count;
   int64_t room;
   int32_t* keys;
   uint16_t* index;

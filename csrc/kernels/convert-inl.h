@@ -1,6 +1,7 @@
 // Between storage dtypes and the compute dtype, element by element.
 #pragma once
 
+#include "simd/pair.h"
 #include "types.h"
 
 namespace pymerge {

@@ -29,24 +29,25 @@ inline typename L::Key LerpRun(const LerpJob& job, const A* a, const B* b, A* ou
 // The same for a multiple of 2 * kLanes elements, with fewer instructions for each.
 template <class L, class T>
 inline typename L::Key LerpPairs(const LerpJob& job, const T* a, const T* b, T* out, int64_t count, bool stream) {
+  using P = Pair<L, T>;
   const auto weight = L::Set(static_cast<typename L::Real>(job.weight));
   typename L::Key largest = 0;
   for (int64_t i = 0; i < count; i += 2 * L::kLanes) {
-    const auto from = L::LoadPair(a + i), to = L::LoadPair(b + i);
+    const P from = P::Load(a + i), to = P::Load(b + i);
     typename L::Vec difference[2], result[2];
     for (int h = 0; h < 2; ++h) {
-      const auto x = L::Half(from, h), y = L::Half(to, h);
+      const auto x = from.Half(h), y = to.Half(h);
       difference[h] = L::Sub(y, x);
       const auto step = L::Mul(difference[h], weight);
       result[h] = job.near_a ? L::Add(x, step) : L::Sub(y, step);
     }
-    if (L::Count(L::NotFinite(L::Add(difference[0], difference[1])))) {  // perhaps NaN, which StorePair does not round
+    if (L::Count(L::NotFinite(L::Add(difference[0], difference[1])))) {  // perhaps NaN, which a Pair need not round
       const auto key = LerpRun<L>(job, a + i, b + i, out + i, 2 * L::kLanes, false);
       largest = key > largest ? key : largest;
     } else if (stream) {
-      L::StreamPair(out + i, result[0], result[1]);
+      P::Stream(out + i, result[0], result[1]);
     } else {
-      L::StorePair(out + i, result[0], result[1]);
+      P::Store(out + i, result[0], result[1]);
     }
   }
   return largest;

@@ -135,11 +135,12 @@ inline typename L::Key MergeRun(const Run<L>& run, const T* base, const T* const
 
 // The same for whole deltas without an election (linear, task arithmetic), `count` of them from `begin`, a multiple of 2 * kLanes. Merging so few
 // models on two cores is bound by memory only if nothing is done twice. kOnes: run.ones; the multiplications left out leave time to divide.
-// Returns false if some result may not be finite, which it is not where a delta is not; then all has to be written again, as StorePair does
+// Returns false if some result may not be finite, which it is not where a delta is not; then all has to be written again, as a Pair need
 // not round NaN.
 template <class L, bool kOnes, class T>
 bool MergeWhole(const MergeJob& job, const Run<L>& run, int64_t begin, int64_t count) {
   using Vec = typename L::Vec;
+  using P = Pair<L, T>;
   const T* base = At<T>(job.in.base, begin);
   const T* x[kMaxModels];
   for (int m = 0; m < run.models; ++m) x[m] = At<T>(job.in.model[m], begin);
@@ -148,14 +149,14 @@ bool MergeWhole(const MergeJob& job, const Run<L>& run, int64_t begin, int64_t c
   const Vec scale = L::Set(run.scale), total = L::Set(run.count_kept ? static_cast<typename L::Real>(run.models) : run.total);
   auto largest = L::SetKey(0);
   for (int64_t i = 0; i < count; i += 2 * L::kLanes) {
-    const auto b = base ? L::LoadPair(base + i) : typename L::template Pair<T>{};
-    const Vec from[2] = {L::Half(b, 0), L::Half(b, 1)};
+    const P b = base ? P::Load(base + i) : P{};
+    const Vec from[2] = {b.Half(0), b.Half(1)};
     Vec sum[2] = {L::Zero(), L::Zero()};
     for (int m = 0; m < run.models; ++m) {
-      const auto pair = L::LoadPair(x[m] + i);
+      const P pair = P::Load(x[m] + i);
       const Vec weight = L::Set(run.weight[m]);
       for (int h = 0; h < 2; ++h) {
-        const Vec delta = L::Sub(L::Half(pair, h), from[h]);
+        const Vec delta = L::Sub(pair.Half(h), from[h]);
         sum[h] = L::Add(sum[h], kOnes ? delta : L::Mul(delta, weight));
       }
     }
@@ -165,9 +166,9 @@ bool MergeWhole(const MergeJob& job, const Run<L>& run, int64_t begin, int64_t c
     }
     largest = L::Max(largest, L::KeysOf(L::Add(sum[0], sum[1])));
     if (stream) {
-      L::StreamPair(out + i, sum[0], sum[1]);
+      P::Stream(out + i, sum[0], sum[1]);
     } else {
-      L::StorePair(out + i, sum[0], sum[1]);
+      P::Store(out + i, sum[0], sum[1]);
     }
   }
   return L::ReduceMax(largest) < KeyOf<typename L::Real>::kInfinity;

@@ -24,11 +24,12 @@ struct Tally {
 };
 
 // Merges `count` elements, a multiple of 2 * kLanes and at most kGroups times that. The election is by mass and nothing is rescaled.
-// Returns false if some delta may not be finite, or the result is NaN, which StorePair does not round.
+// Returns false if some delta may not be finite, or the result is NaN, which a Pair need not round.
 // kModels: how many models there are, 0 for any number. kWeighted: some weight is not 1. kTight: no key can be inside a bracket.
 template <class L, int kModels, bool kWeighted, bool kTight, class T>
 inline bool MergeCountingPiece(const Run<L>& run, const Thresholds<L>& at, const T* base, const T* const* x, T* out, int64_t count,
                                bool stream, Tally<L>* tally, uint32_t (*inside)[kGroups]) {
+  using P = Pair<L, T>;
   using Vec = typename L::Vec;
   using R = typename L::Real;
   constexpr int64_t kLine = 64, kAhead = 8 * kLine, kSize = sizeof(T);
@@ -39,9 +40,9 @@ inline bool MergeCountingPiece(const Run<L>& run, const Thresholds<L>& at, const
   for (int m = 0; m < models; ++m) kept_count[m] = tally->kept[m], equal_count[m] = tally->equal[m];
   typename L::Mask suspect = L::Positive(L::Zero());
   for (int64_t i = 0, g = 0; i < count; i += 2 * L::kLanes, ++g) {
-    typename L::template Pair<T> b = base ? L::LoadPair(base + i) : typename L::template Pair<T>{};
-    typename L::template Pair<T> raw[kRegisters];
-    for (int m = 0; m < models; ++m) raw[m] = L::LoadPair(x[m] + i);
+    const P b = base ? P::Load(base + i) : P{};
+    P raw[kRegisters];
+    for (int m = 0; m < models; ++m) raw[m] = P::Load(x[m] + i);
     // So much is done per line that out-of-order execution does not reach the next ones, and the hardware's prefetcher alone is late.
     for (int64_t next = i + kAhead / kSize; next < i + kAhead / kSize + 2 * L::kLanes; next += kLine / kSize) {
       if (base) __builtin_prefetch(base + next);
@@ -50,11 +51,11 @@ inline bool MergeCountingPiece(const Run<L>& run, const Thresholds<L>& at, const
     Vec result[2];
     uint64_t bits[2][kRegisters];
     const auto merge_half = [&](auto half) {
-      const Vec from = L::Half(b, half);
+      const Vec from = b.Half(half);
       Vec t[kRegisters];
       Vec vote = L::Zero();
       for (int m = 0; m < models; ++m) {
-        const Vec delta = L::Sub(L::Half(raw[m], half), from);
+        const Vec delta = L::Sub(raw[m].Half(half), from);
         const auto key = L::KeysOf(delta);
         const auto kept = L::Greater(key, at.above[m]), equal = L::Equal(key, at.middle[m]);
         kept_count[m] = L::CountIf(kept_count[m], kept);
@@ -91,9 +92,9 @@ inline bool MergeCountingPiece(const Run<L>& run, const Thresholds<L>& at, const
       for (int m = 0; m < models; ++m) inside[m][g] = static_cast<uint32_t>(bits[0][m] | bits[1][m] << L::kLanes);
     }
     if (stream) {
-      L::StreamPair(out + i, result[0], result[1]);
+      P::Stream(out + i, result[0], result[1]);
     } else {
-      L::StorePair(out + i, result[0], result[1]);
+      P::Store(out + i, result[0], result[1]);
     }
   }
   for (int m = 0; m < models; ++m) tally->kept[m] = kept_count[m], tally->equal[m] = equal_count[m];
@@ -101,8 +102,7 @@ inline bool MergeCountingPiece(const Run<L>& run, const Thresholds<L>& at, const
 }
 
 // Counts a key inside a bracket, and writes it down while there is room.
-inline void Note(int32_t key, int32_t middle, int64_t place, Collected* into) {
-  into->upper += key > middle;
+inline void Note(int32_t key, int64_t place, Collected* into) {
   if (into->count++ >= into->room) return;
   into->keys[into->count - 1] = key;
   into->index[into->count - 1] = static_cast<uint16_t>(place);
@@ -110,14 +110,13 @@ inline void Note(int32_t key, int32_t middle, int64_t place, Collected* into) {
 
 // Writes down what a piece's words say is inside a bracket.
 template <class L, class T>
-inline void CollectInside(const uint32_t* inside, const T* base, const T* x, int32_t groups, int32_t first, int32_t middle,
-                          Collected* into) {
+inline void CollectInside(const uint32_t* inside, const T* base, const T* x, int32_t groups, int32_t first, Collected* into) {
   using S = ScalarLanes<float>;
   for (int32_t g = 0; g < groups; ++g) {
     for (uint32_t word = inside[g]; word; word &= word - 1) {
-      const int32_t i = g * 2 * L::kLanes + L::template ElementOfBit<T>(__builtin_ctz(word));
+      const int32_t i = g * 2 * L::kLanes + Pair<L, T>::ElementOfBit(__builtin_ctz(word));
       const int32_t key = S::KeysOf(S::Sub(S::Load(x + i), base ? S::Load(base + i) : 0.0f));
-      Note(key, middle, first + i, into);
+      Note(key, first + i, into);
     }
   }
 }
@@ -148,7 +147,7 @@ bool MergeCountingRange(const MergeJob& job, const Run<L>& run, const Bracket* b
     if constexpr (!kTight) {
       for (int m = 0; m < run.models; ++m) {
         CollectInside<L, T>(inside[m], base ? base + i : nullptr, x[m], static_cast<int32_t>(n / (2 * L::kLanes)), static_cast<int32_t>(i),
-                            static_cast<int32_t>(brackets[m].mid), &collected[m]);
+                            &collected[m]);
       }
     }
   }
@@ -187,7 +186,7 @@ bool MergeCounting(const MergeJob& job, const Bracket* brackets, uint64_t keep_e
   Run<L> run = MakeRun<L>(job);
   for (int m = 0; m < run.models; ++m) {
     run.above[m] = static_cast<int32_t>(brackets[m].mid) - static_cast<int32_t>(keep_equal >> m & 1);
-    collected[m].kept = collected[m].equal = collected[m].upper = collected[m].count = 0;
+    collected[m].kept = collected[m].equal = collected[m].count = 0;
   }
   const int64_t whole = begin + (end - begin) / (2 * L::kLanes) * (2 * L::kLanes);
   bool finite = WithStorage(job.out.dtype, true, [&](auto storage) {
@@ -204,7 +203,7 @@ bool MergeCounting(const MergeJob& job, const Bracket* brackets, uint64_t keep_e
       into.kept += keys[i] > run.above[m];
       into.equal += keys[i] == middle;
       if (keys[i] < brackets[m].lo || keys[i] > brackets[m].hi || keys[i] == middle) continue;
-      Note(keys[i], middle, whole - begin + i, &into);
+      Note(keys[i], whole - begin + i, &into);
     }
   }
   return finite;

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "simd/pair.h"
 #include "simd/scalar.h"
 
 namespace pymerge {
@@ -106,63 +107,42 @@ struct Lanes {
     StoreKeys(p, _mm256_permutevar8x32_epi32(k, lanes));
     return _mm_popcnt_u32(bits);
   }
-  // Twice as many elements, in the order that costs least: which of them lane l of a half is, ElementOfBit says for bit half * kLanes + l.
-  // For bf16 the first half has the even ones and the second the odd ones, which are the low and high halves of 32-bit words.
-  struct InOrder {
-    Vec half[2];
-  };
-  struct Interleaved {
-    Keys words;
-  };
-  template <class T>
-  using Pair = std::conditional_t<std::is_same_v<T, Bf16>, Interleaved, InOrder>;
-  template <class T>
-  static InOrder LoadPair(const T* p) {
-    return {{Load(p), Load(p + kLanes)}};
-  }
-  static Vec Half(const InOrder& pair, int half) { return pair.half[half]; }
-  template <class T>
-  static void StorePair(T* p, Vec first, Vec second) {
-    Store(p, first);
-    Store(p + kLanes, second);
-  }
-  template <class T>
-  static void StreamPair(T* p, Vec first, Vec second) {
-    Stream(p, first);
-    Stream(p + kLanes, second);
-  }
-  template <class T>
-  static int ElementOfBit(int bit) {
-    return std::is_same_v<T, Bf16> ? 2 * (bit % kLanes) + bit / kLanes : bit;
-  }
-  static Interleaved LoadPair(const Bf16* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-  static Vec Half(const Interleaved& pair, int half) {
-    return _mm256_castsi256_ps(half ? _mm256_and_si256(pair.words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))) : _mm256_slli_epi32(pair.words, 16));
-  }
-  // Not for NaN.
-  static void StorePair(Bf16* p, Vec even, Vec odd) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), PackPair(even, odd)); }
-  static void StreamPair(Bf16* p, Vec even, Vec odd) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), PackPair(even, odd)); }
-  static void Fence() { _mm_sfence(); }
-
- private:
-  static __m128i Pack(const Bf16*, Vec v) {
-    const __m256i u = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7FFF)), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
-    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  }
-  // Rounded, in the high half of each word.
+  // Rounded to bf16, in the high half of each word; not for NaN.
   static __m256i RoundToHigh(Vec v) {
     const __m256i u = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     return _mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7FFF));
   }
-  static __m256i PackPair(Vec even, Vec odd) {
-    return _mm256_blend_epi16(_mm256_srli_epi32(RoundToHigh(even), 16), RoundToHigh(odd), 0xAA);
+  static void Fence() { _mm_sfence(); }
+
+ private:
+  static __m128i Pack(const Bf16*, Vec v) {
+    const __m256i rounded = _mm256_srli_epi32(RoundToHigh(v), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   }
   static __m128i Pack(const F16*, Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+};
+
+// The first half has the even elements and the second the odd ones, which are the low and high halves of 32-bit words. No NaN is stored.
+template <>
+struct Pair<Lanes, Bf16> {
+  using Vec = Lanes::Vec;
+  Lanes::Keys words;
+
+  static Pair Load(const Bf16* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  Vec Half(int i) const {
+    return _mm256_castsi256_ps(i ? _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))) : _mm256_slli_epi32(words, 16));
+  }
+  static void Store(Bf16* p, Vec even, Vec odd) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), Pack(even, odd)); }
+  static void Stream(Bf16* p, Vec even, Vec odd) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), Pack(even, odd)); }
+  static int ElementOfBit(int bit) { return 2 * (bit % Lanes::kLanes) + bit / Lanes::kLanes; }
+
+ private:
+  static Lanes::Keys Pack(Vec even, Vec odd) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(Lanes::RoundToHigh(even), 16), Lanes::RoundToHigh(odd), 0xAA);
+  }
 };
 
 // Four 64-bit lanes for Philox: 32-bit words in the low halves, rubbish in the high ones.

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "simd/pair.h"
 #include "simd/scalar.h"
 
 namespace pymerge {
@@ -79,63 +80,42 @@ struct Lanes {
     _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, k));
     return _mm_popcnt_u32(m);
   }
-  // Twice as many elements, in the order that costs least: which of them lane l of a half is, ElementOfBit says for bit half * kLanes + l.
-  // For bf16 the first half has the even ones and the second the odd ones, which are the low and high halves of 32-bit words.
-  struct InOrder {
-    Vec half[2];
-  };
-  struct Interleaved {
-    Keys words;
-  };
-  template <class T>
-  using Pair = std::conditional_t<std::is_same_v<T, Bf16>, Interleaved, InOrder>;
-  template <class T>
-  static InOrder LoadPair(const T* p) {
-    return {{Load(p), Load(p + kLanes)}};
-  }
-  static Vec Half(const InOrder& pair, int half) { return pair.half[half]; }
-  template <class T>
-  static void StorePair(T* p, Vec first, Vec second) {
-    Store(p, first);
-    Store(p + kLanes, second);
-  }
-  template <class T>
-  static void StreamPair(T* p, Vec first, Vec second) {
-    Stream(p, first);
-    Stream(p + kLanes, second);
-  }
-  template <class T>
-  static int ElementOfBit(int bit) {
-    return std::is_same_v<T, Bf16> ? 2 * (bit % kLanes) + bit / kLanes : bit;
-  }
-  static Interleaved LoadPair(const Bf16* p) { return {_mm512_loadu_si512(p)}; }
-  static Vec Half(const Interleaved& pair, int half) {
-    return _mm512_castsi512_ps(half ? _mm512_and_si512(pair.words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))) : _mm512_slli_epi32(pair.words, 16));
-  }
-  // Not for NaN.
-  static void StorePair(Bf16* p, Vec even, Vec odd) { _mm512_storeu_si512(p, PackPair(even, odd)); }
-  static void StreamPair(Bf16* p, Vec even, Vec odd) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), PackPair(even, odd)); }
-  static void Fence() { _mm_sfence(); }
-
- private:
-  // vcvtneps2bf16 would flush subnormals, so bf16 is rounded in integers.
-  static __m256i Pack(const Bf16*, Vec v) {
-    const __m512i u = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7FFF)), 16);
-    const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
-  }
-  // Rounded, in the high half of each word.
+  // Rounded to bf16, in the high half of each word; not for NaN.
   static __m512i RoundToHigh(Vec v) {
     const __m512i u = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     return _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7FFF));
   }
-  static __m512i PackPair(Vec even, Vec odd) {
-    return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(RoundToHigh(even), 16), RoundToHigh(odd));
+  static void Fence() { _mm_sfence(); }
+
+ private:
+  // vcvtneps2bf16 would flush subnormals, so bf16 is rounded in integers.
+  static __m256i Pack(const Bf16*, Vec v) {
+    const __m512i rounded = _mm512_srli_epi32(RoundToHigh(v), 16);
+    const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
   }
   static __m256i Pack(const F16*, Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+};
+
+// The first half has the even elements and the second the odd ones, which are the low and high halves of 32-bit words. No NaN is stored.
+template <>
+struct Pair<Lanes, Bf16> {
+  using Vec = Lanes::Vec;
+  Lanes::Keys words;
+
+  static Pair Load(const Bf16* p) { return {_mm512_loadu_si512(p)}; }
+  Vec Half(int i) const {
+    return _mm512_castsi512_ps(i ? _mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))) : _mm512_slli_epi32(words, 16));
+  }
+  static void Store(Bf16* p, Vec even, Vec odd) { _mm512_storeu_si512(p, Pack(even, odd)); }
+  static void Stream(Bf16* p, Vec even, Vec odd) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), Pack(even, odd)); }
+  static int ElementOfBit(int bit) { return 2 * (bit % Lanes::kLanes) + bit / Lanes::kLanes; }
+
+ private:
+  static Lanes::Keys Pack(Vec even, Vec odd) {
+    return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(Lanes::RoundToHigh(even), 16), Lanes::RoundToHigh(odd));
+  }
 };
 
 // Eight 64-bit lanes for Philox: 32-bit words in the low halves, rubbish in the high ones.

@@ -95,31 +95,6 @@ struct Lanes {
     }
     return count;
   }
-  // Twice as many elements, in the order that costs least: which of them lane l of a half is, ElementOfBit says for bit half * kLanes + l.
-  struct InOrder {
-    Vec half[2];
-  };
-  template <class T>
-  using Pair = InOrder;
-  template <class T>
-  static InOrder LoadPair(const T* p) {
-    return {{Load(p), Load(p + kLanes)}};
-  }
-  static Vec Half(const InOrder& pair, int half) { return pair.half[half]; }
-  template <class T>
-  static void StorePair(T* p, Vec first, Vec second) {
-    Store(p, first);
-    Store(p + kLanes, second);
-  }
-  template <class T>
-  static void StreamPair(T* p, Vec first, Vec second) {
-    Stream(p, first);
-    Stream(p + kLanes, second);
-  }
-  template <class T>
-  static int ElementOfBit(int bit) {
-    return bit;
-  }
   static void Fence() {}
 };
 
