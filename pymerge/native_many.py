@@ -32,41 +32,51 @@ def merge_many(rows: Sequence[Row], spec: MergeSpec, *, together: bool) -> list[
 
     With `together`, ranks and tied elections are taken over all rows in their order; all of them or none have an input of fp64.
     """
-    models, sizes = len(spec.weights), [row.out.numel() for row in rows]
-    draws, trims = spec.sparsify == "bernoulli", spec.sparsify in ("magnitude", "band")
-    known: dict[int, list[int]] = {}
     flat: list[int] = []
-    for row, n in zip(rows, sizes):
-        flat += (n, tensor_id(row.name) if draws else 0, row.out.data_ptr(), _DTYPE[row.out.dtype])
+    for row in rows:
+        flat += (row.out.numel(), 0, row.out.data_ptr(), _DTYPE[row.out.dtype])
         flat += (0, 0) if row.base is None else (row.base.data_ptr(), _DTYPE[row.base.dtype])
         for x in row.models:
             flat += (x.data_ptr(), _DTYPE[x.dtype])
-        if trims and not (together and spec.trims):
-            if n not in known:
-                known[n] = [count for end in spec.counts(n) for count in end]
-            flat += known[n]
-    table, columns, threads = array("q", flat), len(flat) // len(rows), torch.get_num_threads()
+    return merge_table(array("q", flat), [row.name for row in rows], spec, together=together)
+
+
+def merge_table(table: array, names: Sequence[str], spec: MergeSpec, *, together: bool) -> list[int]:
+    """:func:`merge_many` of a table's rows: size, 0, then an address and a dtype code for each of result, base (0: none) and models."""
+    models, width, threads = len(spec.weights), 6 + 2 * len(spec.weights), torch.get_num_threads()
+    sizes, counts = table[::width], array("q")
+    if spec.sparsify == "bernoulli":
+        table[1::width] = array("q", map(tensor_id, names))
+    if spec.sparsify in ("magnitude", "band") and not (together and spec.trims):
+        of_size = {n: [count for end in spec.counts(n) for count in end] for n in set(sizes)}
+        for n in sizes:
+            counts.extend(of_size[n])
     options = _options(spec, 0, "", None, None)
     if together and spec.trims:
-        options["selection"] = _core.select_many(table, columns, spec.counts(sum(sizes))[0], options["tie_all"], threads)
+        options["selection"] = _core.select_many(table, spec.counts(sum(sizes))[0], options["tie_all"], threads)
     if together and options["majority"]:
-        positive = _core.vote_balance_many(table, columns, models, options, threads) > 0
+        positive = _core.vote_balance_many(table, models, counts, options, threads) > 0
         options |= {"majority": False, "zero_vote": _ZERO_VOTE["positive" if positive else "negative"]}
-    return _core.merge_many(table, columns, models, options, threads)
+    return _core.merge_many(table, models, counts, options, threads)
 
 
 def lerp_many(pairs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float) -> list[int]:
     """:func:`pymerge.native.lerp` of each (a, b, out); returns which have a difference that is NaN or infinite."""
     flat: list[int] = []
     for a, b, out in pairs:
-        flat += (out.numel(), a.data_ptr(), _DTYPE[a.dtype], b.data_ptr(), _DTYPE[b.dtype], out.data_ptr(), _DTYPE[out.dtype])
+        flat += (out.numel(), 0, out.data_ptr(), _DTYPE[out.dtype], a.data_ptr(), _DTYPE[a.dtype], b.data_ptr(), _DTYPE[b.dtype])
+    return lerp_table(array("q", flat), alpha)
+
+
+def lerp_table(table: array, alpha: float) -> list[int]:
+    """:func:`lerp_many` of a table's rows (see :func:`merge_table`), from each base to its one model."""
     near_a = alpha < 0.5
-    return _core.lerp_many(array("q", flat), near_a, alpha if near_a else 1.0 - alpha, torch.get_num_threads())
+    return _core.lerp_many(table, near_a, alpha if near_a else 1.0 - alpha, torch.get_num_threads())
 
 
 def non_finite(tensors: Sequence[Tensor]) -> list[int]:
     """Which of the tensors have a NaN or an infinity."""
     flat: list[int] = []
     for t in tensors:
-        flat += (t.numel(), t.data_ptr(), _DTYPE[t.dtype])
-    return _core.find_non_finite(array("q", flat), torch.get_num_threads())
+        flat += (t.numel(), 0, t.data_ptr(), _DTYPE[t.dtype], 0, 0)
+    return _core.find_non_finite(array("q", flat), 0, 2, torch.get_num_threads())
