@@ -48,24 +48,27 @@ bool Contiguous(const dlpack::Tensor& t) {
 
 class Reader {
  public:
-  // types: the exact classes to read; is_negated: the method that says whether a tensor's memory holds the opposite values.
-  Reader(const py::capsule& api, std::vector<py::object> types, py::object is_negated)
-      : types_(std::move(types)), is_negated_(std::move(is_negated)) {
+  // types: the exact classes to read; is_negated: the method that says whether a tensor's memory holds the opposite values. None where the
+  // functions are of another version.
+  static std::optional<Reader> Make(const py::capsule& api, std::vector<py::object> types, py::object is_negated) {
     const auto* table = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
     if (!table) throw py::error_already_set();
     while (table && table->major != dlpack::kMajor) table = table->older;
-    if (!table || !table->describe) throw std::invalid_argument("no table of DLPack functions of version 1");
-    describe_ = table->describe;
+    if (!table || !table->describe) return {};
+    return Reader(table->describe, std::move(types), std::move(is_negated));
   }
 
   // Reads lists[j] into columns at[j]; shapes are compared with those in the first list, which gives the sizes. None where a tensor is not
   // plain (of the types, dense, contiguous, in CPU memory, of a dtype that is computed with), or is of another shape; else whether the
   // dtypes are the same within each row.
-  std::optional<bool> Read(const py::buffer& buffer, size_t models, const std::vector<size_t>& at, const std::vector<py::list>& lists) const {
+  std::optional<bool> Read(const py::buffer& buffer, size_t models, const std::vector<size_t>& at,
+                           const std::vector<py::list>& lists) const {
     const Table table(buffer, models, true);
     for (size_t column : at) table.RequireTensor(column);
     const auto wrong = [&](const py::list& list) { return list.size() != table.rows(); };
-    if (at.size() != lists.size() || std::any_of(lists.begin(), lists.end(), wrong)) throw std::invalid_argument("a list per column, a tensor per row");
+    if (at.size() != lists.size() || std::any_of(lists.begin(), lists.end(), wrong)) {
+      throw std::invalid_argument("a list per column, a tensor per row");
+    }
     bool same = true;
     for (size_t i = 0; i < table.rows(); ++i) {
       int64_t* row = table.row(i);
@@ -92,6 +95,11 @@ class Reader {
   }
 
  private:
+  using DescribeFunction = int (*)(void*, dlpack::Tensor*);
+
+  Reader(DescribeFunction describe, std::vector<py::object> types, py::object is_negated)
+      : describe_(describe), types_(std::move(types)), is_negated_(std::move(is_negated)) {}
+
   bool Describe(const py::object& tensor, dlpack::Tensor* t) const {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
     if (std::none_of(types_.begin(), types_.end(), [&](const py::object& known) { return known.ptr() == type; })) return false;
@@ -101,9 +109,9 @@ class Reader {
     return false;
   }
 
+  DescribeFunction describe_;
   std::vector<py::object> types_;
   py::object is_negated_;
-  int (*describe_)(void*, dlpack::Tensor*);
 };
 
 using Span = std::pair<int64_t, int64_t>;  // addresses [begin, end)
@@ -146,7 +154,8 @@ bool Apart(const py::buffer& buffer, size_t models, size_t column, const std::ve
 }  // namespace
 
 void DefineReading(py::module_& m) {
-  py::class_<Reader>(m, "Reader").def(py::init<py::capsule, std::vector<py::object>, py::object>()).def("read", &Reader::Read);
+  py::class_<Reader>(m, "Reader").def("read", &Reader::Read);
+  m.def("reader", &Reader::Make);
   m.def("distinct", &Distinct);
   m.def("apart", &Apart);
 }
