@@ -77,7 +77,7 @@ arm64: $(ARM64)  ## the NEON kernels against the scalar ones under emulation
 $(ARM64): $(CORE_SOURCES) tests/core/targets_agree.cpp
 	mkdir -p $(@D)
 	aarch64-linux-gnu-g++ -std=c++17 -O2 -static -pthread -ffp-contract=off -Icsrc -o $@ tests/core/targets_agree.cpp \
-		$(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) csrc/targets/scalar.cpp csrc/targets/neon.cpp
+		$(filter-out csrc/bindings%,$(wildcard csrc/*.cpp)) csrc/targets/scalar.cpp csrc/targets/neon.cpp
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist demo-output *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks pymerge/_native*.so $(VENV)/.core

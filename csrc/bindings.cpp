@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "bindings.h"
 #include "diagnose.h"
 #include "dispatch.h"
 #include "kl.h"
@@ -154,101 +155,102 @@ std::vector<double> PyAbsSums(int64_t n, bool f64, const TensorArg& base, const 
   return sums;
 }
 
-// A row of 64-bit integers per tensor; an address and a dtype code make a TensorArg.
-class Table {
- public:
-  Table(const py::buffer& buffer, size_t columns) : info_(buffer.request()), columns_(columns) {
-    if (info_.ndim != 1 || info_.itemsize != 8 || info_.strides[0] != 8 || info_.size % static_cast<ssize_t>(columns)) {
-      throw std::invalid_argument("not rows of 64-bit integers");
-    }
-  }
-  size_t rows() const { return static_cast<size_t>(info_.size) / columns_; }
-  size_t columns() const { return columns_; }
-  const int64_t* row(size_t i) const { return static_cast<const int64_t*>(info_.ptr) + i * columns_; }
-
- private:
-  py::buffer_info info_;
-  size_t columns_;
-};
-
 TensorArg At(const int64_t* row, size_t column) { return {static_cast<uintptr_t>(row[column]), static_cast<int>(row[column + 1])}; }
 
-// Rows: size, tensor id, result, base, models, counts of each model (see ManyTensor).
-std::vector<ManyTensor> ToTensors(const Table& table, size_t models) {
-  if (table.columns() < 6 + 2 * models) throw std::invalid_argument("too few columns");
-  std::vector<ManyTensor> tensors(table.rows());
+// A tensor's counts follow each other in `counts`, which may have none.
+struct Counts {
+  std::vector<int64_t> values;
+  size_t per_tensor;
+};
+
+Counts ToCounts(const py::buffer& buffer, const MergePlan& plan, const Table& table) {
+  const bool band = plan.job.sparsify == Sparsify::kBand, ranked = band || plan.job.sparsify == Sparsify::kMagnitude;
+  const size_t per_tensor = ranked && !plan.selected ? (band ? 2 : 1) * table.models() : 0;
+  const py::buffer_info info = buffer.request();
+  if (info.ndim != 1 || info.itemsize != 8 || info.strides[0] != 8 || static_cast<size_t>(info.size) != per_tensor * table.rows() ||
+      (band && plan.selected)) {
+    throw std::invalid_argument("counts: one per model, of a band two, where none is selected");
+  }
+  const auto* values = static_cast<const int64_t*>(info.ptr);
+  return {std::vector<int64_t>(values, values + info.size), per_tensor};
+}
+
+// Points to `counts`.
+ManyTensors ToTensors(const Table& table, const Counts& counts) {
+  ManyTensors all;
+  all.models = table.models();
+  all.inputs.reserve(table.rows() * table.models());
+  all.tensors.resize(table.rows());
+  const auto wide = [](const Input& x) { return x.dtype == DType::kF64; };
   for (size_t i = 0; i < table.rows(); ++i) {
     const int64_t* row = table.row(i);
-    ManyTensor& t = tensors[i];
+    ManyTensor& t = all.tensors[i];
     t.n = row[0];
     t.tensor_id = static_cast<uint32_t>(row[1]);
-    t.out = ToOutput(At(row, 2));
-    t.base = ToInput(At(row, 4));
-    for (size_t m = 0; m < models; ++m) t.models.push_back(ToInput(At(row, 6 + 2 * m)));
-    t.counts.assign(row + 6 + 2 * models, row + table.columns());
-    const auto wide = [](const Input& x) { return x.dtype == DType::kF64; };
-    t.f64 = wide(t.base) || std::any_of(t.models.begin(), t.models.end(), wide);
+    t.out = ToOutput(At(row, Table::kResult));
+    t.base = ToInput(At(row, Table::kBase));
+    t.f64 = wide(t.base);
+    t.models = all.inputs.data() + all.inputs.size();
+    for (size_t m = 0; m < table.models(); ++m) {
+      all.inputs.push_back(ToInput(At(row, Table::kModels + 2 * m)));
+      t.f64 |= wide(all.inputs.back());
+    }
+    t.counts = counts.values.data() + i * counts.per_tensor;
   }
-  return tensors;
+  return all;
 }
 
 MergePlan ToSharedPlan(size_t models, const py::dict& options) {
   return ToPlan(0, false, {0, 0}, std::vector<TensorArg>(models, TensorArg(0, 0)), options, false);
 }
 
-void RequireCounts(const MergePlan& plan, size_t models, const Table& table) {
-  const bool band = plan.job.sparsify == Sparsify::kBand, ranked = band || plan.job.sparsify == Sparsify::kMagnitude;
-  const size_t counts = table.columns() - 6 - 2 * models, wanted = ranked && !plan.selected ? (band ? 2 : 1) * models : 0;
-  if (counts != wanted || (band && plan.selected)) throw std::invalid_argument("counts: one per model, of a band two, where none is selected");
-}
-
-std::vector<int64_t> PyMergeMany(const py::buffer& rows, size_t columns, size_t models, const py::dict& options, int threads) {
-  const Table table(rows, columns);
+std::vector<int64_t> PyMergeMany(const py::buffer& rows, size_t models, const py::buffer& counts, const py::dict& options, int threads) {
+  const Table table(rows, models);
   const MergePlan plan = ToSharedPlan(models, options);
-  const std::vector<ManyTensor> tensors = ToTensors(table, models);
-  RequireCounts(plan, models, table);
+  const Counts each = ToCounts(counts, plan, table);
+  const ManyTensors tensors = ToTensors(table, each);
   py::gil_scoped_release release;
   return MergeMany(plan, tensors, threads);
 }
 
-int64_t PyVoteBalanceMany(const py::buffer& rows, size_t columns, size_t models, const py::dict& options, int threads) {
-  const Table table(rows, columns);
+int64_t PyVoteBalanceMany(const py::buffer& rows, size_t models, const py::buffer& counts, const py::dict& options, int threads) {
+  const Table table(rows, models);
   const MergePlan plan = ToSharedPlan(models, options);
-  const std::vector<ManyTensor> tensors = ToTensors(table, models);
-  RequireCounts(plan, models, table);
+  const Counts each = ToCounts(counts, plan, table);
+  const ManyTensors tensors = ToTensors(table, each);
   py::gil_scoped_release release;
   return VoteBalanceMany(plan, tensors, threads);
 }
 
 // The tensors' ranks taken together.
-std::vector<std::tuple<int64_t, int64_t>> PySelectMany(const py::buffer& rows, size_t columns, const std::vector<int64_t>& counts,
-                                                       bool tie_all, int threads) {
-  const Table table(rows, columns);
-  if (counts.size() > kMaxModels) throw std::invalid_argument("1 to 64 models");
-  std::vector<Deltas> in(table.rows());
-  const std::vector<ManyTensor> tensors = ToTensors(table, counts.size());
+std::vector<std::tuple<int64_t, int64_t>> PySelectMany(const py::buffer& rows, const std::vector<int64_t>& counts, bool tie_all,
+                                                       int threads) {
+  if (counts.empty() || counts.size() > kMaxModels) throw std::invalid_argument("1 to 64 models");
+  const ManyTensors all = ToTensors(Table(rows, counts.size()), {{}, 0});
+  std::vector<Deltas> in(all.tensors.size());
   for (size_t i = 0; i < in.size(); ++i) {
-    in[i].n = tensors[i].n;
+    const ManyTensor& t = all.tensors[i];
+    in[i].n = t.n;
     in[i].models = static_cast<int>(counts.size());
-    in[i].f64 = tensors[0].f64;
-    in[i].base = tensors[i].base;
-    std::copy(tensors[i].models.begin(), tensors[i].models.end(), in[i].model);
+    in[i].f64 = all.tensors[0].f64;
+    in[i].base = t.base;
+    std::copy(t.models, t.models + counts.size(), in[i].model);
   }
   py::gil_scoped_release release;
   return Rows(Select(in, counts, tie_all, threads));
 }
 
-// Rows: size, a, b, result.
+// From each base to its one model.
 std::vector<int64_t> PyLerpMany(const py::buffer& rows, bool near_a, double weight, int threads) {
-  const Table table(rows, 7);
+  const Table table(rows, 1);
   std::vector<LerpJob> jobs(table.rows());
   for (size_t i = 0; i < jobs.size(); ++i) {
     const int64_t* row = table.row(i);
     LerpJob& job = jobs[i];
     job.n = row[0];
-    job.a = ToInput(At(row, 1));
-    job.b = ToInput(At(row, 3));
-    job.out = ToOutput(At(row, 5));
+    job.a = ToInput(At(row, Table::kBase));
+    job.b = ToInput(At(row, Table::kModels));
+    job.out = ToOutput(At(row, Table::kResult));
     job.f64 = job.a.dtype == DType::kF64 || job.b.dtype == DType::kF64;
     job.near_a = near_a;
     job.weight = weight;
@@ -257,11 +259,11 @@ std::vector<int64_t> PyLerpMany(const py::buffer& rows, bool near_a, double weig
   return LerpMany(jobs, threads);
 }
 
-// Rows: size, values.
-std::vector<int64_t> PyFindNonFinite(const py::buffer& rows, int threads) {
-  const Table table(rows, 3);
+std::vector<int64_t> PyFindNonFinite(const py::buffer& rows, size_t models, size_t column, int threads) {
+  const Table table(rows, models);
+  table.RequireTensor(column);
   std::vector<Values> tensors(table.rows());
-  for (size_t i = 0; i < tensors.size(); ++i) tensors[i] = {table.row(i)[0], ToInput(At(table.row(i), 1))};
+  for (size_t i = 0; i < tensors.size(); ++i) tensors[i] = {table.row(i)[0], ToInput(At(table.row(i), column))};
   py::gil_scoped_release release;
   return FindNonFinite(tensors, threads);
 }
@@ -389,6 +391,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("find_non_finite", &PyFindNonFinite);
   m.def("select", &PySelect);
   m.def("abs_sums", &PyAbsSums);
+  DefineReading(m);
   DefineStreamedSelection(m);
   m.def("lerp", &PyLerp, py::call_guard<py::gil_scoped_release>());
   m.def("dots", &PyDots, py::call_guard<py::gil_scoped_release>());

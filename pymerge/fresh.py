@@ -13,19 +13,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["LARGE", "empty"]
+__all__ = ["LARGE", "empty", "in_large_pages"]
 
 LARGE = 4 << 20
 """Bytes from which on a result is worth asking for large pages: some of them lie in it whole."""
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``torch.empty``, in large pages where it is large, in CPU memory, and the system has them (Linux)."""
-    fresh = torch.empty(shape, dtype=dtype, device=device)
-    if _advise is not None and fresh.nbytes >= LARGE and fresh.device.type == "cpu" and type(fresh) is Tensor:
-        begin, end = -(-fresh.data_ptr() // mmap.PAGESIZE), (fresh.data_ptr() + fresh.nbytes) // mmap.PAGESIZE
+    """``torch.empty``, in large pages where it is large."""
+    return in_large_pages(torch.empty(shape, dtype=dtype, device=device))
+
+
+def in_large_pages(t: Tensor) -> Tensor:
+    """`t`, untouched so far, and to be in large pages where it is large, in CPU memory, and the system has them (Linux)."""
+    if _advise is not None and t.nbytes >= LARGE and t.device.type == "cpu" and type(t) is Tensor:
+        begin, end = -(-t.data_ptr() // mmap.PAGESIZE), (t.data_ptr() + t.nbytes) // mmap.PAGESIZE
         _advise(begin * mmap.PAGESIZE, (end - begin) * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)  # where it is refused all works as before
-    return fresh
+    return t
 
 
 def _madvise() -> Callable[[int, int, int], int] | None:

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from .many_ops import Job
 from .ops import COMPUTED, PLAIN, WIDENED
+from .plain import Plain
 from .tree_errors import keys_that_differ, raise_all
 
 __all__ = ["Facts", "Paired", "Source", "check_alike", "common_dtype", "span"]
 
 MergeOne = Callable[[str, "Tensor | None", "list[Tensor]", torch.dtype, "Tensor | None"], Tensor]
 MergeMany = Callable[["list[Job]"], "list[Tensor]"]
+MergePlain = Callable[[Plain], None]
 
 
 def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -80,20 +82,20 @@ class Source:
     def __init__(self, model: Any, label: str) -> None:
         self.label = label
         if isinstance(model, Tensor):
-            self.kind, self._tensors = "tensor", {"": model}
+            self.kind, self.tensors = "tensor", {"": model}
         elif isinstance(model, nn.Module):
-            self.kind, self._tensors = "module", model.state_dict()
+            self.kind, self.tensors = "module", model.state_dict()
         elif isinstance(model, Mapping) or (hasattr(model, "keys") and hasattr(model, "__getitem__")):
-            self.kind, self._tensors = "mapping", model
+            self.kind, self.tensors = "mapping", model
         else:
             raise TypeError(f"{label} is a {type(model).__name__}; a model is a tensor, a mapping name -> tensor or an nn.Module")
-        self.names = tuple(self._tensors.keys())
-        for name in self.names:
+        self.names = tuple(self.tensors.keys())
+        for name in self.names if {*map(type, self.names)} - {str} else ():
             if not isinstance(name, str):
                 raise TypeError(f"{label} has the key {name!r}; names of tensors are strings")
 
     def __getitem__(self, name: str) -> Tensor:
-        t = self._tensors[name]
+        t = self.tensors[name]
         return t.detach() if t.requires_grad else t
 
     def survey(self) -> tuple[dict[str, Facts], dict[str, str]]:
@@ -104,7 +106,7 @@ class Source:
         facts, tied, ties = {}, {}, _Ties()
         compiling, alone = torch.compiler.is_compiling(), self.kind == "tensor"
         for name in self.names:
-            t = self._tensors[name]
+            t = self.tensors[name]
             fact = facts[name] = Facts.of(t, compiling)
             if not alone and not fact.trouble:
                 first = ties.first_name(t, name)
@@ -221,7 +223,14 @@ class Paired:
         facts: per model, the base first: per name, shape, dtype and device.
         dtypes: per floating name, the common dtype.
         doubles: names whose merge computes in fp64 because a model has fp64 there.
+        plain: the models, where their tensors are all plain; then nothing is wrong, and the five above are found when they are asked for.
     """
+
+    first_name: dict[str, str]
+    merged: tuple[str, ...]
+    facts: tuple[dict[str, Facts], ...]
+    dtypes: dict[str, torch.dtype]
+    doubles: set[str]
 
     def __init__(
         self,
@@ -252,8 +261,20 @@ class Paired:
         self.count = len(models)
         self.kind = sources[0].kind
         self.names = sources[0].names
-        facts, tied = zip(*(s.survey() for s in sources))
-        differing = check_alike(labels, facts)
+        self.plain = Plain.of(None if base is None else sources[0].tensors, [s.tensors for s in self._models])
+        self._labels, self._nonfloat = labels, nonfloat
+        if self.plain is None:
+            self._survey()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("first_name", "merged", "facts", "dtypes", "doubles"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._survey()
+        return self.__dict__[name]
+
+    def _survey(self) -> None:
+        facts, tied = zip(*(s.survey() for s in self.sources))
+        differing = check_alike(self._labels, facts)
         self.facts = facts
         self.first_name = dict(zip(self.names, self.names))
         if all(tied):
@@ -264,7 +285,7 @@ class Paired:
         self.merged = tuple(n for n in floating if self.first_name[n] == n)
         self.dtypes = {n: common_dtype([f[n].dtype for f in facts]) if n in differing else facts[0][n].dtype for n in floating}
         self.doubles = {n for n, dtype in self.dtypes.items() if dtype is torch.float64}
-        if nonfloat == "equal":
+        if self._nonfloat == "equal":
             self._require_equal([n for n in self.names if n not in self.dtypes])
 
     def _require_equal(self, names: Sequence[str]) -> None:
@@ -300,11 +321,28 @@ class Paired:
         return self.result_of_many(merge_alone, lambda device: 0, dtype=dtype, out=out)
 
     def result_of_many(
-        self, merge: MergeMany, together: Callable[[torch.device], float], *, dtype: torch.dtype | None = None, out: Any = None
+        self,
+        merge: MergeMany,
+        together: Callable[[torch.device], float],
+        *,
+        merge_plain: MergePlain | None = None,
+        dtype: torch.dtype | None = None,
+        out: Any = None,
     ) -> Any:
-        """:meth:`result`, where `merge` takes lists: of tensors on a device whose inputs are `together` bytes, or a little more."""
+        """:meth:`result`, where `merge` takes lists: of tensors on a device whose inputs are `together` bytes, or a little more.
+
+        `merge_plain` does the same for all tensors at once where they, and `out`'s, are plain.
+        """
         if dtype is not None and dtype not in COMPUTED + WIDENED:
             raise TypeError(f"dtype is {dtype}; choose one of {', '.join(map(_word, COMPUTED + WIDENED))}")
+        if merge_plain is not None and self.plain is not None:
+            place = None if out is None else Source(out, "out")
+            results = (
+                self.plain.place(dtype, None if place is None else place.tensors) if place is None or place.kind == self.kind else None
+            )
+            if results is not None:
+                merge_plain(self.plain)
+                return out if out is not None else results[0] if self.kind == "tensor" else dict(zip(self.names, results))
         target = None if out is None else self.writable(out, "out", dtype)
         result: dict[str, Tensor] = {}
         groups: dict[torch.device, _Group] = {}

@@ -38,6 +38,11 @@ def ema_update(ema: Any, model: Any, *, decay: float, check_finite: bool = True)
 def _average(ema: Any, model: Any, decay: float, check_finite: bool, averaged: Callable[[str], bool]) -> None:
     """One step, everything checked before anything changes. Floating tensors that are not `averaged` become the model's."""
     pairs = Paired(ema, [model], labels=("ema", "model"), nonfloat="any", needs_base="ema_update")
+    if pairs.plain is not None and all(map(averaged, pairs.names)) and pairs.plain.place_in_base():
+        if check_finite:
+            pairs.plain.require_finite("model")
+        pairs.plain.lerp(1.0 - decay, labels=("a", "b"), check_finite=False)
+        return
     pairs.check_apart(pairs.sources[0], pairs.sources[1:])
     rows = [(name, *pairs.tensors(name)) for name in pairs.names if pairs.first_name[name] == name]
     moving = {name for name in pairs.merged if averaged(name)}

@@ -36,7 +36,8 @@ def merge_models(
     if device is not None:
         return staging.merge_staged(pairs, spec, device, dtype=dtype, out=out, check_finite=check_finite)
     ranked_together = spec.convention.scope == "model" and pairs.kind != "tensor"
-    if ranked_together:
+    plain = pairs.plain is not None and (not ranked_together or pairs.plain.of_one_arithmetic)
+    if ranked_together and not plain:
         devices = {pairs.facts[0][n].device for n in pairs.merged}
         if len(devices) > 1:
             listed = ", ".join(sorted(map(str, devices)))
@@ -44,6 +45,7 @@ def merge_models(
     return pairs.result_of_many(
         lambda jobs: many_ops.merge_many(jobs, spec, check_finite=check_finite),
         lambda device: math.inf if ranked_together else many_ops.group_bytes(device),
+        merge_plain=(lambda plain: plain.merge(spec, check_finite=check_finite, together=ranked_together)) if plain else None,
         dtype=dtype,
         out=out,
     )

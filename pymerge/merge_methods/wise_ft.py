@@ -43,6 +43,7 @@ def wise_ft(
     return pairs.result_of_many(
         lambda jobs: many_ops.lerp_many(jobs, alpha, labels=labels, check_finite=check_finite),
         many_ops.group_bytes,
+        merge_plain=lambda plain: plain.lerp(alpha, labels=labels, check_finite=check_finite),
         dtype=dtype,
         out=out,
     )
