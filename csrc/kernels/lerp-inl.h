@@ -75,7 +75,7 @@ bool LerpThroughScratch(const LerpJob& job, int64_t begin, int64_t end) {
 template <class L, class A, class B>
 bool LerpDirect(const LerpJob& job, int64_t begin, int64_t end) {
   using R = typename L::Real;
-  constexpr bool kPairs = std::is_same_v<A, B> && std::is_same_v<R, float>;
+  constexpr bool kPairs = std::is_same_v<A, B> && L::kLanes > 1;  // compilers make better vectors of single lanes
   constexpr int64_t kStep = kPairs ? 2 * L::kLanes : L::kLanes;
   const int64_t whole = (end - begin) / kStep * kStep;
   const A* a = At<A>(job.a, begin);
