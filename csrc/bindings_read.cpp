@@ -9,7 +9,7 @@
 
 #include "bindings.h"
 #include "dlpack.h"
-#include "types.h"
+#include "merge.h"
 
 namespace py = pybind11;
 
@@ -24,11 +24,6 @@ std::optional<DType> DTypeOf(const dlpack::DataType& t) {
   if (t.bits == 16) return DType::kF16;
   if (t.bits == 64) return DType::kF64;
   return {};
-}
-
-int64_t BytesOf(int64_t dtype) {
-  if (dtype == static_cast<int64_t>(DType::kF64)) return 8;
-  return dtype == static_cast<int64_t>(DType::kF32) ? 4 : 2;
 }
 
 int64_t SizeOf(const dlpack::Tensor& t) {
@@ -122,7 +117,7 @@ std::vector<Span> SpansOf(const Table& table, size_t column) {
   std::vector<Span> spans;
   for (size_t i = 0; i < table.rows(); ++i) {
     const int64_t* row = table.row(i);
-    if (row[0]) spans.emplace_back(row[column], row[column] + row[0] * BytesOf(row[column + 1]));
+    if (row[0]) spans.emplace_back(row[column], row[column] + row[0] * BytesOf(static_cast<DType>(row[column + 1])));
   }
   std::sort(spans.begin(), spans.end());
   return spans;
