@@ -320,6 +320,13 @@ class Paired:
 
         return self.result_of_many(merge_alone, lambda device: 0, dtype=dtype, out=out)
 
+    def _plain_places(self, dtype: torch.dtype | None, out: Any) -> list[Tensor] | None:
+        """Where :attr:`plain`'s results go; None where there is none or `out` is not plain."""
+        if self.plain is None or out is None:
+            return None if self.plain is None else self.plain.place(dtype, None)
+        place = Source(out, "out")
+        return self.plain.place(dtype, place.tensors) if place.kind == self.kind else None
+
     def result_of_many(
         self,
         merge: MergeMany,
@@ -335,14 +342,10 @@ class Paired:
         """
         if dtype is not None and dtype not in COMPUTED + WIDENED:
             raise TypeError(f"dtype is {dtype}; choose one of {', '.join(map(_word, COMPUTED + WIDENED))}")
-        if merge_plain is not None and self.plain is not None:
-            place = None if out is None else Source(out, "out")
-            results = (
-                self.plain.place(dtype, None if place is None else place.tensors) if place is None or place.kind == self.kind else None
-            )
-            if results is not None:
-                merge_plain(self.plain)
-                return out if out is not None else results[0] if self.kind == "tensor" else dict(zip(self.names, results))
+        places = None if merge_plain is None else self._plain_places(dtype, out)
+        if places is not None:
+            merge_plain(self.plain)
+            return out if out is not None else places[0] if self.kind == "tensor" else dict(zip(self.names, places))
         target = None if out is None else self.writable(out, "out", dtype)
         result: dict[str, Tensor] = {}
         groups: dict[torch.device, _Group] = {}

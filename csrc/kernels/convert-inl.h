@@ -61,10 +61,10 @@ inline void Narrow(const R* src, int64_t begin, int64_t n, const Output& out) {
   for (int64_t i = 0; i < n; ++i) Convert(src[i], static_cast<double*>(out.data) + begin + i);
 }
 
-// Storing past the cache needs whole aligned vectors of the storage type.
-template <class L, class T>
+// Storing past the cache needs whole aligned vectors of the storage type, or pairs of them.
+template <class L, int kVectors = 1, class T>
 inline bool Streamable(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % (L::kLanes * sizeof(T)) == 0;
+  return reinterpret_cast<uintptr_t>(p) % (kVectors * L::kLanes * sizeof(T)) == 0;
 }
 
 template <class T>

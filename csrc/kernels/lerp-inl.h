@@ -83,7 +83,7 @@ bool LerpDirect(const LerpJob& job, int64_t begin, int64_t end) {
   A* out = static_cast<A*>(job.out.data) + begin;
   typename L::Key largest;
   if constexpr (kPairs) {
-    largest = LerpPairs<L>(job, a, b, out, whole, job.stream && reinterpret_cast<uintptr_t>(out) % (kStep * sizeof(A)) == 0);
+    largest = LerpPairs<L>(job, a, b, out, whole, job.stream && Streamable<L, 2>(out));
   } else {
     largest = LerpRun<L>(job, a, b, out, whole, job.stream && Streamable<L>(out));
   }

@@ -145,7 +145,7 @@ bool MergeWhole(const MergeJob& job, const Run<L>& run, int64_t begin, int64_t c
   const T* x[kMaxModels];
   for (int m = 0; m < run.models; ++m) x[m] = At<T>(job.in.model[m], begin);
   T* out = static_cast<T*>(job.out.data) + begin;
-  const bool stream = job.stream && reinterpret_cast<uintptr_t>(out) % (2 * L::kLanes * sizeof(T)) == 0;
+  const bool stream = job.stream && Streamable<L, 2>(out);
   const Vec scale = L::Set(run.scale), total = L::Set(run.count_kept ? static_cast<typename L::Real>(run.models) : run.total);
   auto largest = L::SetKey(0);
   for (int64_t i = 0; i < count; i += 2 * L::kLanes) {

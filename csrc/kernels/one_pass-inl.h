@@ -137,7 +137,7 @@ bool MergeCountingRange(const MergeJob& job, const Run<L>& run, const Bracket* b
   }
   const T* base = At<T>(job.in.base, begin);
   T* out = static_cast<T*>(job.out.data) + begin;
-  const bool stream = job.stream && reinterpret_cast<uintptr_t>(out) % (2 * L::kLanes * sizeof(T)) == 0;
+  const bool stream = job.stream && Streamable<L, 2>(out);
   bool finite = true;
   for (int64_t i = 0; i < end - begin; i += kPiece) {
     const int64_t n = end - begin - i < kPiece ? end - begin - i : kPiece;
