@@ -15,11 +15,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <iterator>
 #include <limits>
 #include <vector>
 
 #include "arena.h"
+#include "digits.h"
 #include "dispatch.h"
 #include "rank.h"
 #include "sample.h"
@@ -29,10 +29,11 @@ namespace pymerge {
 namespace {
 
 using Key = int32_t;
-constexpr int64_t kLeastChunk = 1 << 13, kLeastChunks = 64;  // smaller tensors are not worth it
+constexpr int64_t kLeastChunk = 1 << 13, kLeastChunks = 256;  // smaller tensors are not worth it
 constexpr int64_t kRoom = 1 << 13;   // keys written down per chunk and model
 constexpr Key kInfinity = 0x7F800000;
-constexpr double kSpread = 6.0;  // half a bracket's width, in standard deviations: a miss costs two passes more
+// Half a bracket's width in standard deviations: missing the sample's costs a part of a pass, missing the narrow one two passes more.
+constexpr double kSampleSpread = 4.0, kSpread = 6.0;
 
 // Of one chunk and model: keys above the guess and equal to it, and all others inside the bracket with their places.
 struct Row {
@@ -66,7 +67,13 @@ class Inside {
 
   void Add(const Row& row, const Bracket& bracket) {
     above_ += Greater(row, bracket, hi_);
-    std::copy_if(row.keys, row.keys + row.noted, std::back_inserter(keys_), [&](Key x) { return x >= lo_ && x <= hi_; });
+    size_t count = keys_.size();
+    keys_.resize(count + static_cast<size_t>(row.noted));
+    for (int32_t i = 0; i < row.noted; ++i) {
+      keys_[count] = row.keys[i];
+      count += row.keys[i] >= lo_ && row.keys[i] <= hi_;
+    }
+    keys_.resize(count);
     const Key mid = static_cast<Key>(bracket.mid);
     if (mid < lo_ || mid > hi_) return;
     const size_t g = groups_.empty() || groups_[0].key == mid ? 0 : 1;  // two brackets, so two guesses at most
@@ -80,21 +87,18 @@ class Inside {
     rank -= above_;
     if (rank <= 0) return std::numeric_limits<Key>::max();
     std::sort(groups_.begin(), groups_.end(), [](const Group& a, const Group& b) { return a.key > b.key; });
-    Key *from = keys_.data(), *const end = from + keys_.size();
+    const int64_t n = static_cast<int64_t>(keys_.size());
     for (const Group& group : groups_) {
-      Key* const to = std::partition(from, end, [&](Key x) { return x > group.key; });
-      if (rank <= to - from) return KthLargest(from, to - from, rank, equal_rank);
-      rank -= to - from;
-      from = to;
+      const int64_t above = std::count_if(keys_.begin(), keys_.end(), [&](Key x) { return x > group.key; });
+      if (rank <= above) break;
       // A guess of one bracket is a key written down in the other.
-      Key* const same = std::partition(from, end, [&](Key x) { return x == group.key; });
-      const int64_t count = group.count + (same - from);
-      *equal_rank = rank;
-      if (rank <= count) return group.key;
-      rank -= count;
-      from = same;
+      *equal_rank = rank - above;
+      if (*equal_rank <= group.count + std::count(keys_.begin(), keys_.end(), group.key)) return group.key;
+      rank -= group.count;
     }
-    return rank <= end - from ? KthLargest(from, end - from, rank, equal_rank) : -1;
+    if (rank > n) return -1;
+    *equal_rank = rank;
+    return KthKey(keys_.data(), n, equal_rank);
   }
 
  private:
@@ -162,10 +166,9 @@ class OnePass {
     const int64_t runs = std::clamp<int64_t>(n_ / 256 / kRun, 128, 2048);
     std::vector<Key> ordered(static_cast<size_t>(runs * kRun));
     ForEachRun(n_, kRun, runs, [&](int64_t r, int64_t begin) { kernels_.keys(job_.in, m, begin, begin + kRun, ordered.data() + r * kRun); });
-    std::vector<Key> sample = ordered;
     const int64_t size = runs * kRun;
     const double share = static_cast<double>(plan_.counts[m]) / static_cast<double>(n_);
-    const Bracket& bracket = model->bracket[0] = BracketOfSample(sample.data(), size, share, kSpread);
+    const Bracket& bracket = model->bracket[0] = BracketOfSample(ordered.data(), size, share, kSampleSpread);
     int64_t kept_ties = static_cast<int64_t>(share * static_cast<double>(size)), at = 0;
     for (Key x : ordered) kept_ties -= x > bracket.mid;
     while (at < size && (ordered[at] != bracket.mid || --kept_ties >= 0)) ++at;

@@ -49,15 +49,6 @@ class Histogram {
   std::vector<int64_t> bins_;
 };
 
-// The k-th largest of n keys, which are reordered, and its rank among those equal to it.
-template <class Key>
-Key KthLargest(Key* keys, int64_t n, int64_t k, int64_t* rank) {
-  std::nth_element(keys, keys + (k - 1), keys + n, std::greater<Key>());
-  const Key key = keys[k - 1];
-  *rank = k - std::count_if(keys, keys + (k - 1), [&](Key x) { return x > key; });
-  return key;
-}
-
 // Where the rank-th of those that equal `key` is.
 template <class Key>
 int64_t IndexOfEqual(const Key* keys, int64_t n, Key key, int64_t rank) {

@@ -19,10 +19,10 @@ void ForEachRun(int64_t n, int64_t run, int64_t runs, F&& visit) {
   }
 }
 
-// Where the k-th largest of n keys is, k = share * n, from a sample of `size` of them, which is reordered: mid is the sample's key at that
+// Where the k-th largest of n keys is, k = share * n, from a sample of `size` of them: mid is the sample's key at that
 // rank, lo and hi are those `width` standard deviations of the rank among independent elements away, or the least and the largest key there
 // can be. A wider bracket misses the k-th more rarely, and holds more keys. For Key int32_t and int64_t.
 template <class Key>
-Bracket BracketOfSample(Key* sample, int64_t size, double share, double width);
+Bracket BracketOfSample(const Key* sample, int64_t size, double share, double width);
 
 }  // namespace pymerge

@@ -44,7 +44,7 @@ class Search {
     chunks_.clear();
     collected_ = 0;
     if (sample_.empty()) return;
-    std::vector<Key> sample = std::move(sample_);
+    const std::vector<Key> sample = std::move(sample_);
     sample_.clear();
     const int64_t size = static_cast<int64_t>(sample.size());
     bracket_ = BracketOfSample(sample.data(), size, static_cast<double>(k_) / static_cast<double>(n_), width_);

@@ -8,6 +8,8 @@ namespace pymerge {
 constexpr int kMaxModels = 64;
 constexpr int64_t kChunk = 1 << 16;  // elements a thread takes at a time; a multiple of kSumBlock
 constexpr int64_t kSumBlock = 4096;  // elements per block of the summation tree (docs/arithmetic.md)
+constexpr int kDigitOffset = 1 << 15;  // of a lower digit, which takes all of 16 bits, so that it is a signed number
+constexpr int kFoundMore = 2;  // indices that find_equal may write beyond those it has found
 constexpr int64_t kDiagnoseRun = 4096;  // bytes of one tensor in the compute dtype that are worked on at a time: a handful fit the first cache
 
 enum class DType : int { kF32, kBF16, kF16, kF64 };
@@ -148,6 +150,12 @@ struct Kernels {
   void (*keys)(const Deltas&, int model, int64_t begin, int64_t end, void* keys);
   // Counts one model's keys against a bracket. `collected` has room for end - begin + 16 keys.
   BracketCount (*count)(const Deltas&, int model, const Bracket&, int64_t begin, int64_t end, void* collected);
+  // Keys as digits of 16 bits. The upper ones of one model's keys; those at index[0], index[1], ... from bit `shift` up, less kDigitOffset;
+  // how many digits are above a bound; and where those equal to one are, in order: `index` has room for kFoundMore more.
+  void (*upper_digits)(const Deltas&, int model, int64_t begin, int64_t end, int16_t* digits);
+  void (*digits_at)(const Deltas&, int model, const int32_t* index, int64_t count, int shift, int16_t* digits);
+  int64_t (*count_above)(const int16_t* digits, int64_t n, int bound);
+  int64_t (*find_equal)(const int16_t* digits, int64_t n, int digit, int32_t* index);
   // Merges a range of at most kChunk elements, keeping those above each bracket's mid, and equal to it where keep_equal has the model's bit;
   // and counts keys against the brackets. For elections by mass of unrescaled fp32 computations whose tensors share one dtype. False if some
   // delta may not be finite.

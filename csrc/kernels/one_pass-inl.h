@@ -1,128 +1,42 @@
 // Merging by guessed thresholds while counting what proves or corrects them (csrc/one_pass.cpp): one read of every tensor instead of two.
 #pragma once
 
+#include "kernels/bits-inl.h"
 #include "kernels/merge-inl.h"
 #include "kernels/select-inl.h"
+#include "kernels/trim-inl.h"
 
 namespace pymerge {
 namespace PYMERGE_TARGET {
 
-constexpr int kGroups = 64;  // pairs of vectors in a piece, for each of which and each model a word of "inside the bracket" bits is noted
-
-// Thresholds, broadcast: what does not fit the registers is read from the first cache.
-template <class L>
-struct Thresholds {
-  typename L::Keys above[kMaxModels];   // kept: key > above
-  typename L::Keys middle[kMaxModels];  // the guess
-  typename L::Keys below[kMaxModels];   // inside the bracket: key > below and not key > top
-  typename L::Keys top[kMaxModels];
-};
-
-template <class L>
-struct Tally {
-  typename L::Keys kept[kMaxModels], equal[kMaxModels];  // per lane
-};
-
-// Merges `count` elements, a multiple of 2 * kLanes and at most kGroups times that. The election is by mass and nothing is rescaled.
-// Returns false if some delta may not be finite, or the result is NaN, which a Pair need not round.
-// kModels: how many models there are, 0 for any number. kWeighted: some weight is not 1. kTight: no key can be inside a bracket.
-template <class L, int kModels, bool kWeighted, bool kTight, class T>
-inline bool MergeCountingPiece(const Run<L>& run, const Thresholds<L>& at, const T* base, const T* const* x, T* out, int64_t count,
-                               bool stream, Tally<L>* tally, uint32_t (*inside)[kGroups]) {
-  using P = Pair<L, T>;
-  using Vec = typename L::Vec;
-  using R = typename L::Real;
-  constexpr int64_t kLine = 64, kAhead = 8 * kLine, kSize = sizeof(T);
-  const int models = kModels ? kModels : run.models;
-  const Vec one = L::Set(R(1));
-  constexpr int kRegisters = kModels ? kModels : kMaxModels;
-  typename L::Keys kept_count[kRegisters], equal_count[kRegisters];
-  for (int m = 0; m < models; ++m) kept_count[m] = tally->kept[m], equal_count[m] = tally->equal[m];
-  typename L::Mask suspect = L::Positive(L::Zero());
-  for (int64_t i = 0, g = 0; i < count; i += 2 * L::kLanes, ++g) {
-    const P b = base ? P::Load(base + i) : P{};
-    P raw[kRegisters];
-    for (int m = 0; m < models; ++m) raw[m] = P::Load(x[m] + i);
-    // So much is done per line that out-of-order execution does not reach the next ones, and the hardware's prefetcher alone is late.
-    for (int64_t next = i + kAhead / kSize; next < i + kAhead / kSize + 2 * L::kLanes; next += kLine / kSize) {
-      if (base) __builtin_prefetch(base + next);
-      for (int m = 0; m < models; ++m) __builtin_prefetch(x[m] + next);
-    }
-    Vec result[2];
-    uint64_t bits[2][kRegisters];
-    const auto merge_half = [&](auto half) {
-      const Vec from = b.Half(half);
-      Vec t[kRegisters];
-      Vec vote = L::Zero();
-      for (int m = 0; m < models; ++m) {
-        const Vec delta = L::Sub(raw[m].Half(half), from);
-        const auto key = L::KeysOf(delta);
-        const auto kept = L::Greater(key, at.above[m]), equal = L::Equal(key, at.middle[m]);
-        kept_count[m] = L::CountIf(kept_count[m], kept);
-        equal_count[m] = L::CountIf(equal_count[m], equal);
-        if constexpr (!kTight) {
-          const auto between = L::AndNot(L::AndNot(L::Greater(key, at.below[m]), L::Greater(key, at.top[m])), equal);
-          bits[half][m] = L::Bits(between);
-        }
-        t[m] = L::Where(kept, delta);
-        vote = L::Add(vote, kWeighted && run.vote_weighted ? L::Mul(t[m], L::Set(run.weight[m])) : t[m]);
-      }
-      const Vec sign = L::SignWhere(run.zero_vote == ZeroVote::kPositive ? L::Negative(vote) : L::NotPositive(vote));
-      Vec sum = L::Zero(), divisor = L::Zero();
-      auto count = L::SetKey(0);
-      for (int m = 0; m < models; ++m) {
-        const Vec p = kWeighted ? L::Mul(t[m], L::Set(run.weight[m])) : t[m];
-        const auto agrees = L::Positive(L::XorBits(kWeighted && run.vote_weighted ? p : t[m], sign));
-        sum = L::AddIf(agrees, sum, p);
-        if constexpr (kWeighted) {
-          divisor = L::AddIf(agrees, divisor, L::Set(run.unit[m]));
-        } else {
-          count = L::CountIf(count, agrees);
-        }
-      }
-      if (run.zero_vote == ZeroVote::kDrop) sum = L::Where(L::Or(L::Positive(vote), L::Negative(vote)), sum);
-      if constexpr (!kWeighted) divisor = L::ToReal(L::Max(count, L::SetKey(1)));
-      if (run.divided) sum = L::Div(sum, kWeighted ? L::Blend(L::IsZero(divisor), one, divisor) : divisor);
-      result[half] = L::Add(from, L::Mul(sum, L::Set(run.scale)));
-      suspect = L::Or(suspect, L::NotFinite(L::Add(vote, result[half])));
-    };
-    merge_half(std::integral_constant<int, 0>());
-    merge_half(std::integral_constant<int, 1>());
-    if constexpr (!kTight) {
-      for (int m = 0; m < models; ++m) inside[m][g] = static_cast<uint32_t>(bits[0][m] | bits[1][m] << L::kLanes);
-    }
-    if (stream) {
-      P::Stream(out + i, result[0], result[1]);
-    } else {
-      P::Store(out + i, result[0], result[1]);
-    }
-  }
-  for (int m = 0; m < models; ++m) tally->kept[m] = kept_count[m], tally->equal[m] = equal_count[m];
-  return !L::Count(suspect);
-}
-
-// Counts a key inside a bracket, and writes it down while there is room.
-inline void Note(int32_t key, int64_t place, Collected* into) {
-  if (into->count++ >= into->room) return;
-  into->keys[into->count - 1] = key;
-  into->index[into->count - 1] = static_cast<uint16_t>(place);
-}
-
-// Writes down what a piece's words say is inside a bracket.
+// Writes down what a piece's words say is inside a bracket. `first`: the piece's place in the chunk.
 template <class L, class T>
 inline void CollectInside(const uint32_t* inside, const T* base, const T* x, int32_t groups, int32_t first, Collected* into) {
   using S = ScalarLanes<float>;
-  for (int32_t g = 0; g < groups; ++g) {
-    for (uint32_t word = inside[g]; word; word &= word - 1) {
-      const int32_t i = g * 2 * L::kLanes + Pair<L, T>::ElementOfBit(__builtin_ctz(word));
-      const int32_t key = S::KeysOf(S::Sub(S::Load(x + i), base ? S::Load(base + i) : 0.0f));
-      Note(key, first + i, into);
-    }
+  constexpr int kBits = 2 * L::kLanes, kWords = 64 / kBits;
+  if (into->count + groups * kBits + kFoundMore > into->room) {
+    into->count = into->room + 1;
+    return;
   }
+  uint16_t* const index = into->index + into->count;
+  int64_t found = 0;
+  for (int32_t g = 0; g < groups; g += kWords) {
+    uint64_t bits = 0;
+    for (int w = 0; w < kWords && g + w < groups; ++w) bits |= static_cast<uint64_t>(inside[g + w]) << (w * kBits);
+    found += ForEachBit(bits, [&](int n, int bit) {
+      index[found + n] = static_cast<uint16_t>((g + bit / kBits) * kBits + Pair<L, T>::ElementOfBit(bit % kBits));
+    });
+  }
+  for (int64_t n = 0; n < found; ++n) {
+    const int32_t i = index[n];
+    into->keys[into->count + n] = S::KeysOf(S::Sub(S::Load(x + i), base ? S::Load(base + i) : 0.0f));
+    index[n] = static_cast<uint16_t>(first + i);
+  }
+  into->count += found;
 }
 
 // A number of elements that is a multiple of 2 * kLanes.
-template <class L, int kModels, bool kWeighted, bool kTight, class T>
+template <class L, int kModels, bool kWeighted, Learn kLearn, class T>
 bool MergeCountingRange(const MergeJob& job, const Run<L>& run, const Bracket* brackets, int64_t begin, int64_t end, Collected* collected) {
   constexpr int64_t kPiece = 2 * L::kLanes * kGroups;
   Thresholds<L> at;
@@ -131,8 +45,8 @@ bool MergeCountingRange(const MergeJob& job, const Run<L>& run, const Bracket* b
   for (int m = 0; m < run.models; ++m) {
     at.above[m] = L::SetKey(run.above[m]);
     at.middle[m] = L::SetKey(static_cast<int32_t>(brackets[m].mid));
-    at.below[m] = L::SetKey(static_cast<int32_t>(brackets[m].lo) - 1);
-    at.top[m] = L::SetKey(static_cast<int32_t>(brackets[m].hi));
+    at.lo[m] = L::SetKey(static_cast<int32_t>(brackets[m].lo));
+    at.width[m] = L::SetKey(static_cast<int32_t>(brackets[m].hi - brackets[m].lo));
     tally.kept[m] = tally.equal[m] = L::SetKey(0);
   }
   const T* base = At<T>(job.in.base, begin);
@@ -143,8 +57,8 @@ bool MergeCountingRange(const MergeJob& job, const Run<L>& run, const Bracket* b
     const int64_t n = end - begin - i < kPiece ? end - begin - i : kPiece;
     const T* x[kMaxModels];
     for (int m = 0; m < run.models; ++m) x[m] = At<T>(job.in.model[m], begin) + i;
-    finite &= MergeCountingPiece<L, kModels, kWeighted, kTight, T>(run, at, base ? base + i : nullptr, x, out + i, n, stream, &tally, inside);
-    if constexpr (!kTight) {
+    finite &= MergeTrimmedPiece<L, kModels, kWeighted, kLearn, T>(run, at, base ? base + i : nullptr, x, out + i, n, stream, &tally, inside);
+    if constexpr (kLearn == Learn::kInside) {
       for (int m = 0; m < run.models; ++m) {
         CollectInside<L, T>(inside[m], base ? base + i : nullptr, x[m], static_cast<int32_t>(n / (2 * L::kLanes)), static_cast<int32_t>(i),
                             &collected[m]);
@@ -161,24 +75,14 @@ bool MergeCountingRange(const MergeJob& job, const Run<L>& run, const Bracket* b
 
 template <class L, class T>
 bool MergeCountingAs(const MergeJob& job, const Run<L>& run, const Bracket* brackets, int64_t begin, int64_t end, Collected* collected) {
-  bool weighted = false, tight = true;
-  for (int m = 0; m < run.models; ++m) {
-    weighted |= run.weight[m] != 1.0f;
-    tight &= brackets[m].lo == brackets[m].mid && brackets[m].hi == brackets[m].mid;
-  }
-  const auto with_models = [&](auto weighted_type, auto tight_type) {
-    constexpr bool kWeighted = decltype(weighted_type)::value, kTight = decltype(tight_type)::value;
-    switch (run.models) {
-      case 2: return MergeCountingRange<L, 2, kWeighted, kTight, T>(job, run, brackets, begin, end, collected);
-      case 3: return MergeCountingRange<L, 3, kWeighted, kTight, T>(job, run, brackets, begin, end, collected);
-      case 4: return MergeCountingRange<L, 4, kWeighted, kTight, T>(job, run, brackets, begin, end, collected);
-      default: return MergeCountingRange<L, 0, kWeighted, kTight, T>(job, run, brackets, begin, end, collected);
-    }
-  };
-  const std::true_type yes;
-  const std::false_type no;
-  if (weighted) return tight ? with_models(yes, yes) : with_models(yes, no);
-  return tight ? with_models(no, yes) : with_models(no, no);
+  bool tight = true;  // no key can be inside a bracket
+  for (int m = 0; m < run.models; ++m) tight &= brackets[m].lo == brackets[m].mid && brackets[m].hi == brackets[m].mid;
+  return WithRunTypes(run, [&](auto models, auto weighted) {
+    constexpr int kModels = decltype(models)::value;
+    constexpr bool kWeighted = decltype(weighted)::value;
+    if (tight) return MergeCountingRange<L, kModels, kWeighted, Learn::kCounts, T>(job, run, brackets, begin, end, collected);
+    return MergeCountingRange<L, kModels, kWeighted, Learn::kInside, T>(job, run, brackets, begin, end, collected);
+  });
 }
 
 bool MergeCounting(const MergeJob& job, const Bracket* brackets, uint64_t keep_equal, int64_t begin, int64_t end, Collected* collected) {
@@ -203,7 +107,11 @@ bool MergeCounting(const MergeJob& job, const Bracket* brackets, uint64_t keep_e
       into.kept += keys[i] > run.above[m];
       into.equal += keys[i] == middle;
       if (keys[i] < brackets[m].lo || keys[i] > brackets[m].hi || keys[i] == middle) continue;
-      Note(keys[i], whole - begin + i, &into);
+      if (into.count < into.room) {
+        into.keys[into.count] = keys[i];
+        into.index[into.count] = static_cast<uint16_t>(whole - begin + i);
+      }
+      into.count += into.count <= into.room;
     }
   }
   return finite;

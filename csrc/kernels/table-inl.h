@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/diagnose-inl.h"
+#include "kernels/digits-inl.h"
 #include "kernels/finite-inl.h"
 #include "kernels/kl-inl.h"
 #include "kernels/lerp-inl.h"
@@ -15,7 +16,7 @@ namespace pymerge {
 namespace PYMERGE_TARGET {
 
 inline constexpr Kernels MakeTable(const char* name) {
-  return {name, Merge, Balance, Keys, Count, MergeCounting, MergeElements, AbsSums,
+  return {name, Merge, Balance, Keys, Count, UpperDigits, DigitsAt, CountAbove, FindEqual, MergeCounting, MergeElements, AbsSums,
           Dots, Lerp, Finite, KlForward, KlBackward, LowRank, Diagnose};
 }
 

@@ -74,6 +74,10 @@ struct Lanes {
   }
   static Mask Greater(Keys a, Keys b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)); }
   static Mask Equal(Keys a, Keys b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
+  static Mask Within(Keys k, Keys lo, Keys width) {
+    const __m256i above = _mm256_sub_epi32(k, lo);
+    return Equal(_mm256_min_epu32(above, width), above);
+  }
   static Keys CountIf(Keys n, Mask m) { return _mm256_sub_epi32(n, _mm256_castps_si256(m)); }
   static int64_t ReduceAdd(Keys k) {
     const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(k), _mm256_extracti128_si256(k, 1));
@@ -101,6 +105,10 @@ struct Lanes {
   static uint64_t Bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
   static int Count(Mask m) { return _mm_popcnt_u32(static_cast<uint32_t>(_mm256_movemask_ps(m))); }
   static void StoreKeys(Key* p, Keys k) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), k); }
+  static void StoreUpper(int16_t* p, Keys k) {
+    const __m256i high = _mm256_srli_epi32(k, 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+  }
   static int Compress(Key* p, Mask m, Keys k) {
     const uint32_t bits = static_cast<uint32_t>(_mm256_movemask_ps(m));
     const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lane[bits])));
@@ -137,6 +145,9 @@ struct Pair<Lanes, Bf16> {
   }
   static void Store(Bf16* p, Vec even, Vec odd) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), Pack(even, odd)); }
   static void Stream(Bf16* p, Vec even, Vec odd) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), Pack(even, odd)); }
+  static void StoreUpper(int16_t* p, Lanes::Keys even, Lanes::Keys odd) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xAA));
+  }
   static int ElementOfBit(int bit) { return 2 * (bit % Lanes::kLanes) + bit / Lanes::kLanes; }
 
  private:
@@ -144,6 +155,17 @@ struct Pair<Lanes, Bf16> {
     return _mm256_blend_epi16(_mm256_srli_epi32(Lanes::RoundToHigh(even), 16), Lanes::RoundToHigh(odd), 0xAA);
   }
 };
+
+// Bit i: digits[i] equals `digit`.
+inline uint64_t EqualBits64(const int16_t* digits, int16_t digit) {
+  const __m256i wanted = _mm256_set1_epi16(digit);
+  const auto equal = [&](int i) { return _mm256_cmpeq_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(digits + i)), wanted); };
+  const auto bits = [&](int i) {  // packing takes the 128-bit halves by turns
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(equal(i), equal(i + 16)), 0xD8);
+    return static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(bytes)));
+  };
+  return bits(0) | bits(32) << 32;
+}
 
 // Four 64-bit lanes for Philox: 32-bit words in the low halves, rubbish in the high ones.
 struct Words {

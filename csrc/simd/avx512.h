@@ -55,6 +55,7 @@ struct Lanes {
   static Key ReduceMax(Keys k) { return _mm512_reduce_max_epi32(k); }
   static Mask Greater(Keys a, Keys b) { return _mm512_cmpgt_epi32_mask(a, b); }
   static Mask Equal(Keys a, Keys b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  static Mask Within(Keys k, Keys lo, Keys width) { return _mm512_cmple_epu32_mask(_mm512_sub_epi32(k, lo), width); }
   static Keys CountIf(Keys n, Mask m) { return _mm512_mask_sub_epi32(n, m, n, _mm512_set1_epi32(-1)); }
   static int64_t ReduceAdd(Keys k) { return _mm512_reduce_add_epi32(k); }
   static Mask Positive(Vec v) { return _mm512_cmp_ps_mask(v, Zero(), _CMP_GT_OQ); }
@@ -75,6 +76,9 @@ struct Lanes {
   static uint64_t Bits(Mask m) { return m; }
   static int Count(Mask m) { return _mm_popcnt_u32(m); }
   static void StoreKeys(Key* p, Keys k) { _mm512_storeu_si512(p, k); }
+  static void StoreUpper(int16_t* p, Keys k) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(k, 16)));
+  }
   static int Compress(Key* p, Mask m, Keys k) {
     // To a register first: compressing straight to memory is microcoded on Zen 4.
     _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, k));
@@ -110,6 +114,9 @@ struct Pair<Lanes, Bf16> {
   }
   static void Store(Bf16* p, Vec even, Vec odd) { _mm512_storeu_si512(p, Pack(even, odd)); }
   static void Stream(Bf16* p, Vec even, Vec odd) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), Pack(even, odd)); }
+  static void StoreUpper(int16_t* p, Lanes::Keys even, Lanes::Keys odd) {
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(even, 16), odd));
+  }
   static int ElementOfBit(int bit) { return 2 * (bit % Lanes::kLanes) + bit / Lanes::kLanes; }
 
  private:
@@ -117,6 +124,13 @@ struct Pair<Lanes, Bf16> {
     return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(Lanes::RoundToHigh(even), 16), Lanes::RoundToHigh(odd));
   }
 };
+
+// Bit i: digits[i] equals `digit`.
+inline uint64_t EqualBits64(const int16_t* digits, int16_t digit) {
+  const __m512i wanted = _mm512_set1_epi16(digit);
+  const uint64_t low = _mm512_cmpeq_epi16_mask(_mm512_loadu_si512(digits), wanted);
+  return low | static_cast<uint64_t>(_mm512_cmpeq_epi16_mask(_mm512_loadu_si512(digits + 32), wanted)) << 32;
+}
 
 // Eight 64-bit lanes for Philox: 32-bit words in the low halves, rubbish in the high ones.
 struct Words {

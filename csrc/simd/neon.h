@@ -56,6 +56,7 @@ struct Lanes {
   static Key ReduceMax(Keys k) { return vmaxvq_s32(k); }
   static Mask Greater(Keys a, Keys b) { return vcgtq_s32(a, b); }
   static Mask Equal(Keys a, Keys b) { return vceqq_s32(a, b); }
+  static Mask Within(Keys k, Keys lo, Keys width) { return vcleq_u32(vreinterpretq_u32_s32(vsubq_s32(k, lo)), vreinterpretq_u32_s32(width)); }
   static Keys CountIf(Keys n, Mask m) { return vsubq_s32(n, vreinterpretq_s32_u32(m)); }
   static int64_t ReduceAdd(Keys k) { return vaddlvq_s32(k); }
   static Mask Positive(Vec v) { return vcgtq_f32(v, Zero()); }
@@ -83,6 +84,7 @@ struct Lanes {
   }
   static int Count(Mask m) { return static_cast<int>(vaddvq_u32(vshrq_n_u32(m, 31))); }
   static void StoreKeys(Key* p, Keys k) { vst1q_s32(p, k); }
+  static void StoreUpper(int16_t* p, Keys k) { vst1_s16(p, vshrn_n_s32(k, 16)); }
   static int Compress(Key* p, Mask m, Keys k) {
     int32_t lane[4];
     uint32_t set[4];

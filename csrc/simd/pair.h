@@ -1,6 +1,8 @@
 // Two vectors' worth of elements of one storage type, in the order that costs least. Included once per target, inside that target's namespace.
 #pragma once
 
+#include <cstdint>
+
 namespace pymerge {
 namespace PYMERGE_TARGET {
 
@@ -19,6 +21,10 @@ struct Pair {
   static void Stream(T* p, Vec first, Vec second) {
     L::Stream(p, first);
     L::Stream(p + L::kLanes, second);
+  }
+  static void StoreUpper(int16_t* p, typename L::Keys first, typename L::Keys second) {
+    L::StoreUpper(p, first);
+    L::StoreUpper(p + L::kLanes, second);
   }
   // Which element lane l of a half is, for bit half * kLanes + l.
   static int ElementOfBit(int bit) { return bit; }

@@ -138,6 +138,7 @@ struct ScalarLanes {
   static Key ReduceMax(Keys k) { return k; }
   static Mask Greater(Keys a, Keys b) { return a > b; }
   static Mask Equal(Keys a, Keys b) { return a == b; }
+  static Mask Within(Keys k, Keys lo, Keys width) { return k >= lo && k - lo <= width; }  // lo <= k <= lo + width, lo and width not negative
   static Keys CountIf(Keys n, Mask m) { return n + m; }
   static int64_t ReduceAdd(Keys k) { return k; }
   static Mask Positive(Vec v) { return v > R(0); }
@@ -158,6 +159,8 @@ struct ScalarLanes {
   static uint64_t Bits(Mask m) { return m; }
   static int Count(Mask m) { return m; }
   static void StoreKeys(Key* p, Keys k) { *p = k; }
+  // The upper 16 bits of each key.
+  static void StoreUpper(int16_t* p, Keys k) { *p = static_cast<int16_t>(k >> (8 * sizeof(Key) - 16)); }
   // Stores the keys under the mask side by side; may write kLanes keys. Returns how many.
   static int Compress(Key* p, Mask m, Keys k) {
     *p = k;

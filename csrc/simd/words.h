@@ -6,6 +6,15 @@
 namespace pymerge {
 namespace PYMERGE_TARGET {
 
+// Bit i: digits[i] equals `digit`.
+inline uint64_t EqualBits64(const int16_t* digits, int16_t digit) {
+  uint16_t any = 0;  // this the compiler makes vectors of
+  for (int i = 0; i < 64; ++i) any = static_cast<uint16_t>(any | (digits[i] == digit));
+  uint64_t bits = 0;
+  for (int i = 0; any && i < 64; ++i) bits |= static_cast<uint64_t>(digits[i] == digit) << i;
+  return bits;
+}
+
 struct Words {
   using Vec = uint64_t;
   static constexpr int kLanes = 1, kTogether = 1;

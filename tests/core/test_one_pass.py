@@ -11,7 +11,7 @@ from pymerge.spec import MergeSpec
 
 from .conftest import HOSTILE, assert_same_bits, models_of, unaligned
 
-N = (1 << 19) + 8192 + 77  # a little more than the least that is merged in one pass; not a whole number of vectors
+N = (1 << 21) + 16384 + 77  # a little more than the least that is merged in one pass; not a whole number of vectors
 HALVES_AND_SINGLE = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -89,7 +89,7 @@ def test_a_sample_that_misleads(isa):
     """Large values where no sample looks: in every chunk but those of the first stage, and behind each run of a sample."""
     torch.manual_seed(4)
     values = torch.rand(N)
-    chunk = torch.arange(N) // 8192
+    chunk = torch.arange(N) // 16384
     for stride in (3, 4, 8):
         hidden = torch.where(chunk % stride == 0, values, values + 2)
         check(None, [hidden, values], ties(2, 0.3))
@@ -116,7 +116,7 @@ def test_sums_that_overflow(isa, dtype):
 def test_one_value_that_is_not_finite(isa, value):
     torch.manual_seed(6)
     base, models = tuned(torch.bfloat16, 2)
-    for at in (0, 8192 * 3 + 1, N - 1):
+    for at in (0, 16384 * 3 + 1, N - 1):
         bad = models[1].clone()
         bad[at] = value
         assert native.merge(base, [models[0], bad], ties(2), torch.empty_like(base)) is False
@@ -124,7 +124,7 @@ def test_one_value_that_is_not_finite(isa, value):
 
 def test_outputs_off_alignment_and_threads_do_not_matter(isa):
     torch.manual_seed(7)
-    base, models = tuned(torch.bfloat16, 3, 1 << 20)
+    base, models = tuned(torch.bfloat16, 3)
     want = reference.merge(base, models, ties(3), dtype=base.dtype)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)

@@ -9,8 +9,8 @@ from pymerge.spec import MergeSpec
 
 from .conftest import HOSTILE
 
-# Below and above the size from which only a sample is sorted, not multiples of anything.
-LENGTHS = (1, 2, 31, 4096, 4097, 33_333, 100_003)
+# Below and above the size from which a sample says where to begin (8192), not multiples of anything.
+LENGTHS = (1, 2, 31, 64, 4097, 8193, 33_333, 100_003)
 
 
 def check(bases, models, counts):

@@ -1,0 +1,16 @@
+// The k-th largest of many numbers without a branch on any of them: digit by digit of 16 bits, a digit by counting how many are above a bound, of
+// which vectors take 32 or 16 at a time. Ranks count from 1.
+#pragma once
+
+#include <cstdint>
+
+namespace pymerge {
+
+// The k-th largest of n digits, 0 < k <= n; then *k is its rank among those equal to it.
+int KthDigit(const int16_t* digits, int64_t n, int64_t* k);
+
+// The same for keys, which are not negative. For Key int32_t and int64_t.
+template <class Key>
+Key KthKey(const Key* keys, int64_t n, int64_t* k);
+
+}  // namespace pymerge
