@@ -33,7 +33,7 @@ constexpr int64_t kLeastChunk = 1 << 13, kLeastChunks = 256;  // smaller tensors
 constexpr int64_t kRoom = 1 << 13;   // keys written down per chunk and model
 constexpr Key kInfinity = 0x7F800000;
 // Half a bracket's width in standard deviations: missing the sample's costs a part of a pass, missing the narrow one two passes more.
-constexpr double kSampleSpread = 4.0, kSpread = 6.0;
+constexpr double kSampleSpread = 4.0, kSpread = 4.5;
 
 // Of one chunk and model: keys above the guess and equal to it, and all others inside the bracket with their places.
 struct Row {

@@ -46,6 +46,16 @@ class DefaultFloatingPoint {
 #endif
 };
 
+constexpr int kSpins = 1000;  // pauses: 10 to 50 us
+
+void Pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 class Pool {
  public:
   // False, without having done anything, when another thread is using the pool.
@@ -58,12 +68,15 @@ class Pool {
       count_ = count;
       next_.store(0, std::memory_order_relaxed);
       wanted_ = std::min<int>(threads - 1, Grow(threads - 1));
-      running_ = wanted_;
       ++generation_;
     }
     wake_.notify_all();
     Work(0);
     std::unique_lock<std::mutex> lock(mutex_);
+    wanted_ = 0;  // who has not come by now need not be waited for
+    lock.unlock();
+    Spin([this] { return running_ == 0; });
+    lock.lock();
     done_.wait(lock, [this] { return running_ == 0; });
     task_ = nullptr;
     if (std::exception_ptr error = std::exchange(error_, nullptr)) std::rethrow_exception(error);
@@ -75,7 +88,7 @@ class Pool {
   int Grow(int workers) {
     while (workers_ < workers) {
       try {
-        std::thread(&Pool::Loop, this, workers_ + 1, generation_).detach();
+        std::thread(&Pool::Loop, this, workers_ + 1, generation_.load()).detach();
       } catch (const std::system_error&) {
         break;  // no more threads to be had: fewer do the work
       }
@@ -96,16 +109,24 @@ class Pool {
   }
 
   void Loop(int slot, uint64_t seen) {
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
+      Spin([&] { return generation_ != seen; });
+      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
       if (slot > wanted_) continue;
+      ++running_;
       lock.unlock();
       Work(slot);
       lock.lock();
       if (--running_ == 0) done_.notify_one();
     }
+  }
+
+  // Waits a little for what is nearly there: a merge is several parallel regions, and to sleep and be woken between them takes longer than this.
+  template <class F>
+  static void Spin(F&& done) {
+    for (int i = 0; i < kSpins && !done(); ++i) Pause();
   }
 
   std::mutex run_mutex_, mutex_;
@@ -114,8 +135,9 @@ class Pool {
   std::exception_ptr error_;
   std::atomic<int64_t> next_{0};
   int64_t count_ = 0;
-  int workers_ = 0, wanted_ = 0, running_ = 0;
-  uint64_t generation_ = 0;
+  int workers_ = 0, wanted_ = 0;
+  std::atomic<int> running_{0};  // workers at work; changed, like generation_, with mutex_ held
+  std::atomic<uint64_t> generation_{0};
 };
 
 // Never destroyed: its detached threads may outlive static destructors. A forked child has none of its threads and whatever state its
