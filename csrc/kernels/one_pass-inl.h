@@ -36,7 +36,7 @@ inline void CollectInside(const uint32_t* inside, const T* base, const T* x, int
 }
 
 // A number of elements that is a multiple of 2 * kLanes.
-template <class L, int kModels, bool kWeighted, Learn kLearn, class T>
+template <class L, int kModels, bool kPlain, Learn kLearn, class T>
 bool MergeCountingRange(const MergeJob& job, const Run<L>& run, const Bracket* brackets, int64_t begin, int64_t end, Collected* collected) {
   constexpr int64_t kPiece = 2 * L::kLanes * kGroups;
   Thresholds<L> at;
@@ -57,7 +57,7 @@ bool MergeCountingRange(const MergeJob& job, const Run<L>& run, const Bracket* b
     const int64_t n = end - begin - i < kPiece ? end - begin - i : kPiece;
     const T* x[kMaxModels];
     for (int m = 0; m < run.models; ++m) x[m] = At<T>(job.in.model[m], begin) + i;
-    finite &= MergeTrimmedPiece<L, kModels, kWeighted, kLearn, T>(run, at, base ? base + i : nullptr, x, out + i, n, stream, &tally, inside);
+    finite &= MergeTrimmedPiece<L, kModels, kPlain, kLearn, T>(run, at, base ? base + i : nullptr, x, out + i, n, stream, &tally, inside);
     if constexpr (kLearn == Learn::kInside) {
       for (int m = 0; m < run.models; ++m) {
         CollectInside<L, T>(inside[m], base ? base + i : nullptr, x[m], static_cast<int32_t>(n / (2 * L::kLanes)), static_cast<int32_t>(i),
@@ -77,11 +77,11 @@ template <class L, class T>
 bool MergeCountingAs(const MergeJob& job, const Run<L>& run, const Bracket* brackets, int64_t begin, int64_t end, Collected* collected) {
   bool tight = true;  // no key can be inside a bracket
   for (int m = 0; m < run.models; ++m) tight &= brackets[m].lo == brackets[m].mid && brackets[m].hi == brackets[m].mid;
-  return WithRunTypes(run, [&](auto models, auto weighted) {
+  return WithRunTypes(run, [&](auto models, auto plain) {
     constexpr int kModels = decltype(models)::value;
-    constexpr bool kWeighted = decltype(weighted)::value;
-    if (tight) return MergeCountingRange<L, kModels, kWeighted, Learn::kCounts, T>(job, run, brackets, begin, end, collected);
-    return MergeCountingRange<L, kModels, kWeighted, Learn::kInside, T>(job, run, brackets, begin, end, collected);
+    constexpr bool kPlain = decltype(plain)::value;
+    if (tight) return MergeCountingRange<L, kModels, kPlain, Learn::kCounts, T>(job, run, brackets, begin, end, collected);
+    return MergeCountingRange<L, kModels, kPlain, Learn::kInside, T>(job, run, brackets, begin, end, collected);
   });
 }
 
