@@ -12,14 +12,15 @@ namespace pymerge {
 namespace {
 
 constexpr int kRun = 32;            // digits sampled side by side: a cache line
-constexpr int64_t kSampled = 4096;  // digits in a sample; there is none of fewer than twice as many
+constexpr int64_t kLeastSample = 1 << 12, kLargestSample = 1 << 14;  // of fewer than twice the least there is none
 
 // The digit of about that rank.
 int Guess(const int16_t* digits, int64_t n, int64_t k) {
-  int16_t sample[kSampled];
-  ForEachRun(n, kRun, kSampled / kRun, [&](int64_t r, int64_t begin) { std::copy(digits + begin, digits + begin + kRun, sample + r * kRun); });
-  int64_t rank = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(k) / static_cast<double>(n) * kSampled));
-  return KthDigit(sample, kSampled, &rank);
+  int16_t sample[kLargestSample];
+  const int64_t runs = std::clamp(n / 64, kLeastSample, kLargestSample) / kRun, size = runs * kRun;
+  ForEachRun(n, kRun, runs, [&](int64_t r, int64_t begin) { std::copy(digits + begin, digits + begin + kRun, sample + r * kRun); });
+  int64_t rank = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(k) / static_cast<double>(n) * static_cast<double>(size)));
+  return KthDigit(sample, size, &rank);
 }
 
 }  // namespace
@@ -37,7 +38,7 @@ int KthDigit(const int16_t* digits, int64_t n, int64_t* k) {
       above_hi = above;
     }
   };
-  if (n >= 2 * kSampled) {
+  if (n >= 2 * kLeastSample) {
     const int guess = Guess(digits, n, *k), least = lo, most = hi;
     // Away from the guess by longer and longer steps, until the k-th has been passed.
     for (int step = 0; hi == most && guess + step < hi; step = 2 * step + 1) probe(guess + step);
