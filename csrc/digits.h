@@ -6,10 +6,16 @@
 
 namespace pymerge {
 
-// The k-th largest of n digits, 0 < k <= n; then *k is its rank among those equal to it.
-int KthDigit(const int16_t* digits, int64_t n, int64_t* k);
+// A digit, how many are equal to it, and the rank among those of the one that was asked for.
+struct RankedDigit {
+  int digit;
+  int64_t equal, rank;
+};
 
-// The same for keys, which are not negative. For Key int32_t and int64_t.
+// The k-th largest of n digits, 0 < k <= n.
+RankedDigit KthDigit(const int16_t* digits, int64_t n, int64_t k);
+
+// The k-th largest of n keys, which are not negative; then *k is its rank among those equal to it. For Key int32_t and int64_t.
 template <class Key>
 Key KthKey(const Key* keys, int64_t n, int64_t* k);
 

@@ -1,10 +1,8 @@
 // Which of a list of keys is the k-th largest, and which of its equals is the last one kept. Ranks count from 1.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <numeric>
 #include <type_traits>
 #include <vector>

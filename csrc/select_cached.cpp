@@ -29,21 +29,21 @@ Selection SelectOne(const Deltas& in, int model, int64_t k, bool tie_all) {
   int16_t* digits = Room(&digit_memory, in.n);
   kernels.upper_digits(in, model, 0, in.n, digits);
   int shift = in.f64 ? 48 : 16;
-  int digit = KthDigit(digits, in.n, &k);
-  int64_t key = int64_t{digit} << shift;
+  RankedDigit kth = KthDigit(digits, in.n, k);
+  int64_t key = int64_t{kth.digit} << shift;
   // Elements whose keys have the digits found so far, in order.
-  int32_t* left = Room(&left_memory, in.n + kFoundMore);
-  int64_t n = kernels.find_equal(digits, in.n, digit, left);
+  int32_t* left = Room(&left_memory, kth.equal + kFoundMore);
+  int64_t n = kernels.find_equal(digits, in.n, kth.digit, left);
   while (shift) {
     shift -= 16;
     kernels.digits_at(in, model, left, n, shift, digits);
-    digit = KthDigit(digits, n, &k);
-    key |= int64_t{digit + kDigitOffset} << shift;
-    int32_t* equal = Room(&equal_memory, n + kFoundMore);
-    n = kernels.find_equal(digits, n, digit, equal);
+    kth = KthDigit(digits, n, kth.rank);
+    key |= int64_t{kth.digit + kDigitOffset} << shift;
+    int32_t* equal = Room(&equal_memory, kth.equal + kFoundMore);
+    n = kernels.find_equal(digits, n, kth.digit, equal);
     for (int64_t i = 0; i < n; ++i) left[i] = left[equal[i]];
   }
-  return {key, tie_all ? in.n - 1 : left[k - 1]};
+  return {key, tie_all ? in.n - 1 : left[kth.rank - 1]};
 }
 
 }  // namespace

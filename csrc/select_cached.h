@@ -8,7 +8,7 @@
 
 namespace pymerge {
 
-constexpr int64_t kMostCached = 1 << 20;  // elements
+constexpr int64_t kMostCached = 1 << 21;  // elements
 
 // Select (select.h) over one tensor of kMostCached elements at most; a thread takes a model at a time.
 std::vector<Selection> SelectCached(const Deltas& in, const std::vector<int64_t>& counts, bool tie_all, int threads);

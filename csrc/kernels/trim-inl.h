@@ -139,6 +139,7 @@ bool MergeTrimmed(const MergeJob& job, const Run<L>& run, int64_t begin, int64_t
   Thresholds<L> at;
   const T* x[kMaxModels];
   for (int m = 0; m < run.models; ++m) {
+    if (run.above[m] >= KeyOf<typename L::Real>::kInfinity) return false;  // what is not finite would go unnoticed if it is not kept
     at.above[m] = L::SetKey(run.above[m]);
     x[m] = At<T>(job.in.model[m], begin);
   }

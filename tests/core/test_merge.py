@@ -122,8 +122,10 @@ def test_selection_and_balance_from_outside(isa):
         assert_same_bits(out, want)
 
 
-def test_reports_values_that_are_not_finite(isa, dtype):
-    spec = spec_of(2, "bernoulli", True, density=0.5)
+@pytest.mark.parametrize("sparsify, density", [("bernoulli", 0.5), ("magnitude", 0.5), ("magnitude", 1e-6)], ids=str)
+def test_reports_values_that_are_not_finite(isa, dtype, sparsify, density):
+    """Of a density so small that nothing is kept, too."""
+    spec = MergeSpec((1.0, 1.0), (density, density), sparsify, True, Convention(k="floor"))
     for n in (1, 15, 16, 17, 1000, 70000):
         for value in (float("nan"), float("inf"), float("-inf")):
             tensors = [torch.ones(n, dtype=dtype) for _ in range(3)]
@@ -136,7 +138,8 @@ def test_reports_values_that_are_not_finite(isa, dtype):
 
 
 @pytest.mark.parametrize("elect", [False, True])
-def test_what_is_not_finite_spoils_no_other_element(isa, dtype, elect):
+@pytest.mark.parametrize("sparsify, density", [("none", 1.0), ("magnitude", 0.6)])
+def test_what_is_not_finite_spoils_no_other_element(isa, dtype, elect, sparsify, density):
     torch.manual_seed(9)
     nan, inf, largest = float("nan"), float("inf"), torch.finfo(dtype).max
     for n in (40, 1024, 2100):
@@ -144,7 +147,7 @@ def test_what_is_not_finite_spoils_no_other_element(isa, dtype, elect):
         models[0][n // 2], models[1][n - 1], models[1][n // 3], base[n // 4], base[3] = nan, inf, -inf, inf, -largest
         models[0][3] = largest  # a delta that overflows
         for weights, scale in [((1.0, 1.0), 1.0), ((0.0, 2.0), 0.0)]:
-            spec = MergeSpec(weights, (1.0, 1.0), elect=elect, scale=scale)
+            spec = MergeSpec(weights, (density, density), sparsify, elect=elect, scale=scale)
             out, want = torch.full((n,), 7.0, dtype=dtype), reference.merge(base, models, spec, name="", dtype=dtype)
             assert not native.merge(base, models, spec, out)
             assert torch.equal(out.isnan(), want.isnan())
