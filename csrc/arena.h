@@ -1,4 +1,4 @@
-// Memory for what chunks say of their keys.
+// Memory that is kept: for scratch, and for what chunks say of their keys.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,13 @@
 #include "types.h"
 
 namespace pymerge {
+
+// Room for at least n elements in memory that only grows.
+template <class T>
+T* Room(std::vector<T>* memory, int64_t n) {
+  if (memory->size() < static_cast<size_t>(n)) memory->resize(static_cast<size_t>(n));
+  return memory->data();
+}
 
 // Collected keys of all chunks, in blocks that are allocated as needed and kept for the next call: page faults of fresh memory cost more
 // than the selection itself.
@@ -43,10 +50,7 @@ class Arena {
   }
 
   // Room for at least that many keys.
-  std::vector<Key>& Staging(size_t keys) {
-    if (staging_.size() < keys) staging_.resize(keys);
-    return staging_;
-  }
+  Key* Staging(int64_t keys) { return Room(&staging_, keys); }
 
  private:
   std::vector<std::unique_ptr<Key[]>> blocks_;

@@ -178,7 +178,6 @@ Counts ToCounts(const py::buffer& buffer, const MergePlan& plan, const Table& ta
 // Points to `counts`.
 ManyTensors ToTensors(const Table& table, const Counts& counts) {
   ManyTensors all;
-  all.models = table.models();
   all.inputs.reserve(table.rows() * table.models());
   all.tensors.resize(table.rows());
   const auto wide = [](const Input& x) { return x.dtype == DType::kF64; };

@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "arena.h"
 #include "dispatch.h"
 #include "sample.h"
 #include "types.h"
@@ -52,23 +53,23 @@ RankedDigit KthDigit(const int16_t* digits, int64_t n, int64_t k) {
 template <class Key>
 Key KthKey(const Key* keys, int64_t n, int64_t* k) {
   // Kept: fresh memory's page faults cost more than a selection.
-  static thread_local std::vector<int16_t> digits;
-  static thread_local std::vector<int32_t> equal;
-  static thread_local std::vector<Key> left;
+  static thread_local std::vector<int16_t> digit_memory;
+  static thread_local std::vector<int32_t> equal_memory;
+  static thread_local std::vector<Key> left_memory;
+  int16_t* const digits = Room(&digit_memory, n);
   Key key = 0;
   int offset = 0;  // the upper digit is not negative as it is
   for (int shift = 8 * sizeof(Key) - 16; shift >= 0; shift -= 16, offset = kDigitOffset) {
-    digits.resize(std::max(digits.size(), static_cast<size_t>(n)));
     for (int64_t i = 0; i < n; ++i) digits[i] = static_cast<int16_t>((keys[i] >> shift) - offset);
-    const RankedDigit kth = KthDigit(digits.data(), n, *k);
+    const RankedDigit kth = KthDigit(digits, n, *k);
     *k = kth.rank;
     key |= static_cast<Key>(kth.digit + offset) << shift;
     if (!shift) break;
-    equal.resize(std::max(equal.size(), static_cast<size_t>(kth.equal + kFoundMore)));
-    left.resize(std::max(left.size(), static_cast<size_t>(kth.equal)));
-    n = CurrentKernels().find_equal(digits.data(), n, kth.digit, equal.data());
+    int32_t* const equal = Room(&equal_memory, kth.equal + kFoundMore);
+    Key* const left = Room(&left_memory, kth.equal);
+    n = CurrentKernels().find_equal(digits, n, kth.digit, equal);
     for (int64_t i = 0; i < n; ++i) left[i] = keys[equal[i]];
-    keys = left.data();
+    keys = left;
   }
   return key;
 }

@@ -15,8 +15,8 @@ namespace {
 
 // Calls work(begin, end, threads) with indices [begin, end) of tensors, so that each of sizes.size() is among them once; tensor i is of
 // sizes[i] elements, and at least `bytes_each` are moved per element.
-void ForEachRun(const std::vector<int64_t>& sizes, int64_t bytes_each, int threads,
-                const std::function<void(const size_t*, const size_t*, int)>& work) {
+void ForEachGroup(const std::vector<int64_t>& sizes, int64_t bytes_each, int threads,
+                  const std::function<void(const size_t*, const size_t*, int)>& work) {
   // Elements that a thread takes at a time, so that taking them costs nothing beside the work; and how many such takes even out a region's end.
   constexpr int64_t kItem = kChunk / 4, kItemsPerThread = 16;
   int64_t total = 0;
@@ -64,7 +64,7 @@ std::vector<int64_t> Marked(const std::vector<uint8_t>& marks) {
 template <class T, class F>
 std::vector<int64_t> Failing(const std::vector<T>& tensors, int64_t bytes_each, int threads, F&& good) {
   std::vector<uint8_t> bad(tensors.size());
-  ForEachRun(SizesOf(tensors), bytes_each, threads, [&](const size_t* i, const size_t* end, int workers) {
+  ForEachGroup(SizesOf(tensors), bytes_each, threads, [&](const size_t* i, const size_t* end, int workers) {
     for (; i != end; ++i) bad[*i] = !good(tensors[*i], workers);
   });
   return Marked(bad);
@@ -102,7 +102,7 @@ void ForEachPlan(const MergePlan& shared, const std::vector<ManyTensor>& tensors
   const std::vector<int64_t> sizes = SizesOf(tensors);
   std::vector<int64_t> starts(sizes.size() + 1);
   std::partial_sum(sizes.begin(), sizes.end(), starts.begin() + 1);
-  ForEachRun(sizes, bytes_each, threads, [&](const size_t* i, const size_t* end, int workers) {
+  ForEachGroup(sizes, bytes_each, threads, [&](const size_t* i, const size_t* end, int workers) {
     MergePlan plan = shared;
     for (; i != end; ++i) {
       Complete(&plan, shared, tensors[*i], starts[*i], workers);

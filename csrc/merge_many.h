@@ -21,7 +21,6 @@ struct ManyTensor {
 };
 
 struct ManyTensors {
-  size_t models = 0;
   std::vector<Input> inputs;  // of all models of all tensors
   std::vector<ManyTensor> tensors;
 };

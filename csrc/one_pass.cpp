@@ -23,13 +23,13 @@
 #include "dispatch.h"
 #include "rank.h"
 #include "sample.h"
+#include "select_cached.h"
 #include "thread_pool.h"
 
 namespace pymerge {
 namespace {
 
 using Key = int32_t;
-constexpr int64_t kLeastChunk = 1 << 13, kLeastChunks = 256;  // smaller tensors are not worth it
 constexpr int64_t kRoom = 1 << 13;   // keys written down per chunk and model
 constexpr Key kInfinity = 0x7F800000;
 // Half a bracket's width in standard deviations: missing the sample's costs a part of a pass, missing the narrow one two passes more.
@@ -121,9 +121,9 @@ class OnePass {
         threads_(threads),
         kernels_(CurrentKernels()),
         n_(job_.in.n),
-        chunk_(std::clamp(Power(n_ / 128), kLeastChunk, kChunk)),
+        chunk_(std::min(Power(n_ / 128), kChunk)),
         chunks_((n_ + chunk_ - 1) / chunk_),
-        stride_(std::clamp<int64_t>(chunks_ / 16, 4, 32)),
+        stride_(std::min<int64_t>(chunks_ / 16, 32)),
         rows_(static_cast<size_t>(chunks_ * job_.in.models)),
         kept_ties_(static_cast<size_t>(chunks_)),
         model_(static_cast<size_t>(job_.in.models)),
@@ -163,7 +163,7 @@ class OnePass {
 
   bool Sample(Model* model, int m) {
     constexpr int kRun = 16;  // a line of the cache or two
-    const int64_t runs = std::clamp<int64_t>(n_ / 256 / kRun, 128, 2048);
+    const int64_t runs = std::min<int64_t>(n_ / 256 / kRun, 2048);
     std::vector<Key> ordered(static_cast<size_t>(runs * kRun));
     ForEachRun(n_, kRun, runs, [&](int64_t r, int64_t begin) { kernels_.keys(job_.in, m, begin, begin + kRun, ordered.data() + r * kRun); });
     const int64_t size = runs * kRun;
@@ -188,13 +188,13 @@ class OnePass {
       const int64_t begin = c * chunk_, end = std::min(begin + chunk_, n_);
       Collected collected[kMaxModels];
       Arena<Key>& arena = arenas_[static_cast<size_t>(slot)];
-      std::vector<Key>& room = arena.Staging(static_cast<size_t>(models) * (kRoom + kRoom / 2));
+      Key* const room = arena.Staging(models * (kRoom + kRoom / 2));
       uint64_t kept = 0;
       for (int m = 0; m < models; ++m) {
         const bool keep = plan_.tie_all || (stage ? KeepsTies(model_[m], c, m) : begin < model_[m].ties_end);
         kept |= uint64_t{keep} << m;
         collected[m].room = kRoom;
-        collected[m].keys = room.data() + m * (kRoom + kRoom / 2);
+        collected[m].keys = room + m * (kRoom + kRoom / 2);
         collected[m].index = reinterpret_cast<uint16_t*>(collected[m].keys + kRoom);
       }
       kept_ties_[static_cast<size_t>(c)] = kept;
@@ -366,7 +366,7 @@ bool CanMerge(const MergePlan& plan) {
   const MergeJob& job = plan.job;
   const int64_t n = job.in.n;
   if (job.sparsify != Sparsify::kMagnitude || job.vote != Vote::kMass || plan.selected || plan.majority || plan.rescaled) return false;
-  if (plan.rescale != Rescale::kNone || job.in.f64 || n < kLeastChunk * kLeastChunks || job.out.dtype == DType::kF64) return false;
+  if (plan.rescale != Rescale::kNone || job.in.f64 || n < kMostCached || job.out.dtype == DType::kF64) return false;
   const int64_t bytes = n * BytesOf(job.out.dtype);
   const auto alike = [&](const Input& in) { return in.dtype == job.out.dtype && !Overlap(in.data, job.out.data, bytes); };
   if (job.in.base.data && !alike(job.in.base)) return false;

@@ -1,4 +1,4 @@
-// Which of a list of keys is the k-th largest, and which of its equals is the last one kept. Ranks count from 1.
+// Histograms of keys, which narrow down where the k-th largest is, and which of its equals is the last one kept. Ranks count from 1.
 #pragma once
 
 #include <cstddef>

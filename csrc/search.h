@@ -58,7 +58,7 @@ class Search {
 
   // Elements [begin, end) of a part are a chunk of the pass. Different ones may be counted at the same time.
   void Count(size_t chunk, const Deltas& part, int64_t begin, int64_t end, Arena<Key>* arena) {
-    Key* staging = arena->Staging(kChunk + 16).data();
+    Key* staging = arena->Staging(kChunk + 16);
     const BracketCount count = CurrentKernels().count(part, model_, bracket_, begin, end, staging);
     Chunk& found = chunks_[chunk];
     found.above = static_cast<int32_t>(count.above);

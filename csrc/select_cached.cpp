@@ -6,18 +6,13 @@
 #include <limits>
 #include <vector>
 
+#include "arena.h"
 #include "digits.h"
 #include "dispatch.h"
 #include "thread_pool.h"
 
 namespace pymerge {
 namespace {
-
-template <class T>
-T* Room(std::vector<T>* memory, int64_t n) {
-  if (memory->size() < static_cast<size_t>(n)) memory->resize(static_cast<size_t>(n));
-  return memory->data();
-}
 
 Selection SelectOne(const Deltas& in, int model, int64_t k, bool tie_all) {
   if (k <= 0 || in.n == 0) return {std::numeric_limits<int64_t>::max(), -1};

@@ -1,4 +1,4 @@
-// Digits of 16 bits that keys are made of, the upper one first: 32 of them are compared at a time (csrc/select_cached.cpp).
+// Digits of 16 bits that keys are made of, the upper one first: 32 of them are compared at a time (csrc/digits.h).
 #pragma once
 
 #include "kernels/bits-inl.h"

@@ -86,7 +86,6 @@ struct Lanes {
   }
   static Mask Positive(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_GT_OQ); }
   static Mask Negative(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_LT_OQ); }
-  static Mask NotPositive(Vec v) { return _mm256_cmp_ps(v, Zero(), _CMP_NGT_UQ); }
   static Vec ToReal(Keys k) { return _mm256_cvtepi32_ps(k); }
   static Mask NotFinite(Vec v) { return Greater(KeysOf(v), SetKey(0x7F7FFFFF)); }
   static Vec XorBits(Vec a, Vec b) { return _mm256_xor_ps(a, b); }

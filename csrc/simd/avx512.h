@@ -60,7 +60,6 @@ struct Lanes {
   static int64_t ReduceAdd(Keys k) { return _mm512_reduce_add_epi32(k); }
   static Mask Positive(Vec v) { return _mm512_cmp_ps_mask(v, Zero(), _CMP_GT_OQ); }
   static Mask Negative(Vec v) { return _mm512_cmp_ps_mask(v, Zero(), _CMP_LT_OQ); }
-  static Mask NotPositive(Vec v) { return _mm512_cmp_ps_mask(v, Zero(), _CMP_NGT_UQ); }
   static Vec ToReal(Keys k) { return _mm512_cvtepi32_ps(k); }
   static Mask NotFinite(Vec v) { return _mm512_fpclass_ps_mask(v, 0x99); }
   static Vec XorBits(Vec a, Vec b) { return _mm512_xor_ps(a, b); }

@@ -61,7 +61,6 @@ struct Lanes {
   static int64_t ReduceAdd(Keys k) { return vaddlvq_s32(k); }
   static Mask Positive(Vec v) { return vcgtq_f32(v, Zero()); }
   static Mask Negative(Vec v) { return vcltq_f32(v, Zero()); }
-  static Mask NotPositive(Vec v) { return Not(Positive(v)); }
   static Vec ToReal(Keys k) { return vcvtq_f32_s32(k); }
   static Mask NotFinite(Vec v) { return Greater(KeysOf(v), SetKey(0x7F7FFFFF)); }
   static Vec XorBits(Vec a, Vec b) { return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b))); }

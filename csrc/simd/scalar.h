@@ -143,7 +143,6 @@ struct ScalarLanes {
   static int64_t ReduceAdd(Keys k) { return k; }
   static Mask Positive(Vec v) { return v > R(0); }
   static Mask Negative(Vec v) { return v < R(0); }
-  static Mask NotPositive(Vec v) { return !(v > R(0)); }
   static Vec ToReal(Keys k) { return static_cast<R>(k); }
   static Mask NotFinite(Vec v) { return KeysOf(v) >= KeyOf<R>::kInfinity; }
   static Vec XorBits(Vec a, Vec b) { return BitCast<Vec>(BitCast<Key>(a) ^ BitCast<Key>(b)); }
